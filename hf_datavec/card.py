@@ -1,0 +1,199 @@
+"""Model cards as the Hub reads them: YAML metadata and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_datavec.checkpoint import Role
+from hf_datavec.evaluate import Evaluation
+from hf_datavec.geometry import Geometry
+from hf_datavec.manifest import Manifest
+from hf_datavec.plan import Plan
+from hf_datavec.tables import markdown_table, metric_rows, size
+
+LEAK_WARNING = (
+    "Images never left their site. That is not the same as private: the difference of two sets of weights can "
+    "reveal training data ([Dimitrov et al. 2022](https://openreview.net/forum?id=e7A0B99zJf) recover images from "
+    "such updates). Nothing in this repo has been audited for it. Treat it as you treat the data's statistics."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What a merge did, as the card tells it."""
+
+    name: str
+    plan: Plan
+    geometry: Geometry
+    restoration: str
+    evaluation: Evaluation | None
+    recipe: str
+    plots: tuple[tuple[str, str], ...] = ()
+
+
+def vector_card(manifest: Manifest, name: str) -> str:
+    """The card of a vector repo."""
+    left_out = [entry_name for entry_name, entry in manifest.tensors.items() if not entry.stored]
+    statistics = (
+        "The site's BatchNorm running statistics are **included**; they summarise its private images."
+        if manifest.has_statistics
+        else "BatchNorm running statistics are left out, since they summarise private images."
+    )
+    roles = [(role.value, sum(e.role is role for e in manifest.tensors.values()), _stored(manifest, role)) for role in Role]
+    counts = (
+        markdown_table(("label", "images"), [(label, str(n)) for label, n in manifest.examples.items()])
+        if manifest.examples
+        else "The site does not share how many images it has."
+    )
+    body = f"""
+# {name}
+
+A task vector: what fine-tuning changed in `{manifest.base.id}` at one site (tuned minus base weights).
+It is no model and does not load as one; `hf-datavec merge` adds several of them to the base.
+
+* Base: `{manifest.base.id}`{f" at commit `{manifest.base.commit}`" if manifest.base.commit else ""}, content `{manifest.base.digest}`
+* Labels: {", ".join(manifest.labels)}
+* {statistics} {len(left_out)} of {len(manifest.tensors)} tensors are left out in all.
+
+{markdown_table(("role", "tensors", "stored"), roles)}
+
+## Images
+
+{counts}
+
+## Privacy
+
+{LEAK_WARNING}
+
+## Use
+
+```yaml
+base: {manifest.base.id}
+vectors:
+  - owner/{name}
+merge:
+  method: mean
+```
+"""
+    data = _metadata(
+        base_model=[manifest.base.id],
+        base_model_relation="adapter",
+        library_name="hf-datavec",
+        pipeline_tag="image-classification",
+        tags=["datavec", "task-vector"],
+    )
+    return f"---\n{data}\n---\n{body}"
+
+
+def _stored(manifest: Manifest, role: Role) -> str:
+    entries = [entry for entry in manifest.tensors.values() if entry.role is role]
+    return "yes" if entries and all(entry.stored for entry in entries) else "no"
+
+
+def fused_card(fusion: Fusion) -> str:
+    """The card of a fused model."""
+    plan = fusion.plan
+    library = plan.base.library
+    merge = plan.recipe.merge
+    options = "".join(f", {name} {value}" for name, value in merge.options.items())
+    body = f"""
+# {fusion.name}
+
+An image classifier fused from the task vectors of {len(plan.contributions)} sites by
+[hf-datavec](https://arxiv.org/abs/2408.13038): `{merge.method}`, scale {merge.scale:g}{options}. {fusion.restoration}
+
+## Load it
+
+{_usage(plan, fusion.name)}
+
+Labels: {", ".join(plan.labels)}
+
+## Sites
+
+{_site_table(fusion)}
+{"".join(f"{chr(10)}![{text}]({file}){chr(10)}" for file, text in fusion.plots)}
+{_evaluation_text(fusion.evaluation)}
+## How it was made
+
+{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. `recipe.lock.yaml` pins every input by digest;
+`hf-datavec merge recipe.lock.yaml` makes the same bytes again.
+
+```yaml
+{fusion.recipe.strip()}
+```
+
+## Privacy
+
+{LEAK_WARNING}
+"""
+    sources = [plan.base_fetched.reference.identity, *sorted(_identities(plan))]
+    data = _metadata(
+        base_model=sources,
+        base_model_relation="merge",
+        library_name=library,
+        pipeline_tag="image-classification",
+        tags=["merge", "datavec", "task-arithmetic", "hf-datavec"],
+        model_name=fusion.name,
+        evaluation=fusion.evaluation,
+    )
+    return f"---\n{data}\n---\n{body}"
+
+
+def _identities(plan: Plan) -> set[str]:
+    return {one.fetched.reference.identity for one in plan.contributions}
+
+
+def _usage(plan: Plan, name: str) -> str:
+    lines = [
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'classify = pipeline("image-classification", model="owner/{name}")  # or a local folder',
+        'classify("picture.jpg")',
+        "```",
+    ]
+    if plan.base.library == "timm":
+        lines += ["", "```python", "import timm", "", f'model = timm.create_model("hf-hub:owner/{name}", pretrained=True).eval()', "```"]
+    return "\n".join(lines)
+
+
+def _site_table(fusion: Fusion) -> str:
+    norms = fusion.geometry.norms or (float("nan"),) * len(fusion.plan.contributions)
+    rows = [
+        (one.name, f"{one.weight:g}", f"{norm:.3f}", str(one.examples or "not shared"), ", ".join(one.labels))
+        for one, norm in zip(fusion.plan.contributions, norms, strict=True)
+    ]
+    return markdown_table(("site", "weight", "norm of its vector", "images", "labels"), sorted(rows))
+
+
+def _evaluation_text(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "\n## Evaluation\n\nNot evaluated.\n"
+    rows = metric_rows(evaluation.metrics)
+    return (
+        f"\n## Evaluation\n\n{evaluation.count} images of `{evaluation.images}`, in percent, with 95 % bootstrap intervals "
+        f"over images.\n\n{markdown_table(('metric', 'value'), rows)}\n"
+    )
+
+
+def _metadata(
+    *, model_name: str | None = None, evaluation: Evaluation | None = None, **fields: str | Sequence[str]
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = None
+    if evaluation is not None:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type="imagefolder",
+                dataset_name=evaluation.images,
+                metric_type=name,
+                metric_value=round(estimate.value, 4),
+                metric_args={"interval_95": [round(estimate.low, 4), round(estimate.high, 4)], "images": evaluation.count},
+            )
+            for name, estimate in evaluation.metrics.items()
+            if estimate.value == estimate.value
+        ]
+    return str(ModelCardData(model_name=model_name, eval_results=results, **fields)).strip()

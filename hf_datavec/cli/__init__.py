@@ -1,0 +1,59 @@
+"""The command line: options in, results on stdout, progress and messages on stderr, an exit code out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from hf_datavec.errors import DatavecError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the input is wrong."""
+    from hf_datavec.cli.options import parser
+
+    _prepare()
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except DatavecError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except BrokenPipeError:  # `hf-datavec methods | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk, a folder without permission
+        where = f" '{error.filename}'" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing half written was left in place\n")
+        return 130
+
+
+def _prepare() -> None:
+    # A hospital's tool reports nothing to anybody unless its user says so; the client reads these at import.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+    warnings.filterwarnings("ignore")  # of libraries, about their own insides
+    logger = logging.getLogger("hf_datavec")
+    if not logger.handlers:
+        logger.addHandler(_Stderr())
+        logger.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+class _Stderr(logging.Handler):
+    # Looked up at each message, so that redirected streams are respected.
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _terminate(number: int, frame: Any) -> None:
+    # As an exception, so that unfinished folders are taken away on the way out.
+    raise SystemExit(128 + number)

@@ -1,0 +1,243 @@
+"""What each command does with its options, and how its result is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_datavec.evaluate import Evaluation
+    from hf_datavec.plan import Plan
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _say_json(data: Any) -> None:
+    _say(json.dumps(data, indent=2))
+
+
+def demo(options: Namespace) -> None:
+    """Run the demonstration; it runs other commands through this command line."""
+    from hf_datavec.cli import main
+    from hf_datavec.demo import run
+
+    run(options.out, seed=options.seed, command=main, say=_say)
+
+
+def init(options: Namespace) -> None:
+    from hf_datavec.pipeline import site
+
+    labels = [label.strip() for label in options.labels.split(",")]
+    _say(str(site.init(options.base, labels, options.output, image_size=options.image_size)))
+
+
+def finetune(options: Namespace) -> None:
+    from hf_datavec.finetune import Settings
+    from hf_datavec.pipeline import site
+    from hf_datavec.tables import table
+
+    settings = Settings(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup=options.warmup,
+        schedule=options.schedule,
+        class_balanced=options.class_balanced,
+        freeze=tuple(options.freeze),
+        seed=options.seed,
+    )
+    examples = site.finetune(
+        options.base, options.images, options.output, settings=settings, split=options.split, device=options.device
+    )
+    _say(table(("label", "images"), [(label, str(count)) for label, count in examples.items()]))
+    _say(f"tuned model: {options.output}")
+
+
+def diff(options: Namespace) -> None:
+    from hf_datavec.pipeline import site
+    from hf_datavec.tables import table
+
+    labels = tuple(label.strip() for label in options.labels.split(",")) if options.labels else None
+    manifest = site.diff(
+        options.base,
+        options.tuned,
+        options.output,
+        labels=labels,
+        with_statistics=options.with_statistics,
+        share_counts=options.share_counts,
+    )
+    kinds: dict[tuple[str, bool], int] = {}
+    for entry in manifest.tensors.values():
+        kinds[entry.role.value, entry.stored] = kinds.get((entry.role.value, entry.stored), 0) + 1
+    rows = [(role, str(count), "yes" if stored else "left out") for (role, stored), count in sorted(kinds.items())]
+    _say(table(("role", "tensors", "in the vector"), rows))
+    _say(f"vector: {options.output}")
+
+
+def push(options: Namespace) -> None:
+    from hf_datavec.pipeline import site
+
+    _say(f"pushed to {site.push(options.folder, options.repo, private=not options.public)}")
+
+
+def inspect(options: Namespace) -> None:
+    from hf_datavec.pipeline import coordinator
+    from hf_datavec.tables import size, table
+
+    found = coordinator.inspect(options.vectors, plot=options.plot)
+    names = [fetched.reference.name for fetched, _ in found.vectors]
+    if options.json:
+        return _say_json(
+            {
+                "vectors": [
+                    {"name": name, "norm": norm, "base": vector.manifest.base.model_dump(), "labels": vector.labels,
+                     "statistics": vector.manifest.has_statistics, "bytes": vector.tensors.nbytes}
+                    for name, norm, (_, vector) in zip(names, found.geometry.norms, found.vectors, strict=True)
+                ],
+                "cosines": found.geometry.cosines,
+            }
+        )  # fmt: skip
+    rows = [
+        (name, f"{norm:.4f}", size(vector.tensors.nbytes), vector.manifest.base.id, vector.manifest.base.digest[7:19],
+         "yes" if vector.manifest.has_statistics else "no", str(len(vector.labels)))
+        for name, norm, (_, vector) in zip(names, found.geometry.norms, found.vectors, strict=True)
+    ]  # fmt: skip
+    _say(table(("vector", "norm", "size", "base", "base digest", "statistics", "labels"), rows))
+    if len(names) > 1:
+        cosines = [(name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, found.geometry.cosines, strict=True)]
+        _say("\n" + table(("cosine", *names), cosines))
+    if options.plot:
+        _say(f"\nplot: {options.plot}")
+
+
+def plan(options: Namespace) -> None:
+    from hf_datavec.pipeline import coordinator
+    from hf_datavec.tables import table
+
+    prepared = coordinator.prepare(options.recipe)
+    lock = coordinator.write_lock(prepared) if options.lock else None
+    if options.json:
+        return _say_json({**_plan_data(prepared.plan), "lock": str(lock) if lock else None})
+    rows = [(name, value) for name, value in _plan_lines(prepared.plan)]
+    _say(table(("plan", ""), rows))
+    for note in prepared.plan.notes:
+        _say(f"note: {note}")
+    if lock:
+        _say(f"lock: {lock}")
+
+
+def _plan_data(plan: Plan) -> dict[str, Any]:
+    return {
+        "base": plan.base_fetched.reference.identity,
+        "base_digest": plan.base.tensors.digest,
+        "vectors": [
+            {"name": one.name, "weight": one.weight, "digest": one.digest, "labels": one.labels, "examples": one.examples}
+            for one in plan.contributions
+        ],
+        "labels": plan.labels,
+        "tensors": [
+            {"name": step.name, "role": step.role.value, "method": step.method.name, "scale": step.scale}
+            for step in plan.steps
+            if step.role.value in ("weight", "head")
+        ],
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "notes": plan.notes,
+    }
+
+
+def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
+    from hf_datavec.tables import size
+
+    lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {plan.base.tensors.digest[7:19]})")]
+    lines += [(f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {one.digest[7:19]}") for one in plan.contributions]
+    methods: dict[tuple[str, float], int] = {}
+    for step in plan.steps:
+        if step.role.value in ("weight", "head"):
+            methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
+    lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
+    restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
+    lines += [("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")), ("recalibrate", restore)]
+    lines += [("reads", size(plan.read_bytes)), ("writes", size(plan.write_bytes)), ("memory at most", size(plan.peak_bytes))]
+    return lines
+
+
+def merge(options: Namespace) -> None:
+    from hf_datavec.pipeline import coordinator
+
+    result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
+    output = _near(result.output)
+    if options.json:
+        return _say_json(
+            {
+                "output": str(result.output),
+                "digest": result.digest,
+                "method": result.plan.recipe.merge.method,
+                "scale": result.plan.recipe.merge.scale,
+                "vectors": [one.name for one in result.plan.contributions],
+                "norms": result.geometry.norms,
+                "cosines": result.geometry.cosines,
+                "restoration": result.restoration,
+                "evaluation": result.evaluation.as_dict() if result.evaluation else None,
+                "pushed_to": result.pushed_to,
+            }
+        )
+    if result.evaluation:
+        _say(_evaluation_table(result.evaluation) + "\n")
+    _say(result.restoration)
+    _say(f"fused model: {output}")
+    if result.pushed_to:
+        _say(f"pushed to {result.pushed_to}")
+
+
+def _near(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def evaluate(options: Namespace) -> None:
+    from hf_datavec.pipeline import coordinator
+
+    found = coordinator.evaluate(
+        options.model, options.images, split=options.split, batch_size=options.batch_size, device=options.device
+    )
+    if options.json:
+        return _say_json(found.as_dict())
+    _say(_evaluation_table(found))
+
+
+def _evaluation_table(found: Evaluation) -> str:
+    from hf_datavec.tables import metric_rows, table
+
+    return table((f"{found.count} images of {found.images}", "% (95 % interval)"), metric_rows(found.metrics))
+
+
+def methods(options: Namespace) -> None:
+    from hf_datavec.methods import all_methods, options_model
+    from hf_datavec.tables import table
+
+    if options.json:
+        return _say_json(
+            {
+                name: {"summary": found.summary, "formula": found.formula, "source": found.source,
+                       "uses_weights": found.uses_weights, "options": options_model(name).model_json_schema().get("properties", {})}
+                for name, found in all_methods().items()
+            }
+        )  # fmt: skip
+    rows = [
+        (name, found.formula, "yes" if found.uses_weights else "no", ", ".join(found.options) or "-", found.source)
+        for name, found in all_methods().items()
+    ]
+    _say(table(("method", "formula", "weights", "options", "source"), rows))
+
+
+def schema(options: Namespace) -> None:
+    from hf_datavec import recipe
+
+    _say_json(recipe.schema())

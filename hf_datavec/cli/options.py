@@ -1,0 +1,145 @@
+"""Every command and option, in one place; nothing heavy is imported to show them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hf_datavec import __version__
+from hf_datavec.cli import commands
+
+EPILOG = """references: an existing folder or ./path, or a Hub repo as owner/name, owner/name@revision or
+hf://owner/name@revision. results go to stdout, progress and messages to stderr.
+exit codes: 0 done, 1 the run failed, 2 the input is wrong."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `hf-datavec`."""
+    top = argparse.ArgumentParser(
+        prog="hf-datavec",
+        description="Fuse what sites learned from images they may not share: task vectors, merged by recipe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"hf-datavec {__version__}")
+    actions = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _demo(actions)
+    _site(actions)
+    _coordinator(actions)
+    _reference(actions)
+    return top
+
+
+def _command(actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str) -> argparse.ArgumentParser:
+    found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    found.set_defaults(run=getattr(commands, name))
+    return found
+
+
+def _demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = _command(actions, "demo", "the whole loop on a real network and real images, offline")
+    demo.add_argument("--out", type=Path, default=Path("hf-datavec-demo"), metavar="DIR", help="folder to make (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of images and training (default: %(default)s)")
+
+
+def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = _command(actions, "init", "start a study: a pretrained model with agreed labels and a zero head")
+    init.add_argument("base", metavar="BASE", help="pretrained model")
+    init.add_argument("--labels", required=True, metavar="A,B,C", help="the labels that all sites agree on")
+    init.add_argument("--image-size", type=_positive, metavar="PIXELS", help="side of the pictures, for all sites (default: as pretrained)")
+    _output(init)
+
+    train = _command(actions, "finetune", "train the study base on a site's images; an interrupted run goes on")
+    train.add_argument("base", metavar="BASE", help="study base")
+    train.add_argument("images", metavar="IMAGES", help="folder with a sub-folder per class, or a data set")
+    train.add_argument("--split", help="split of the data set")
+    train.add_argument("--epochs", type=_above_zero, default=10.0, help="passes over the images (default: %(default)g)")
+    train.add_argument("--batch-size", type=_positive, default=32, help="images per step (default: %(default)s)")
+    train.add_argument("--learning-rate", "--lr", type=_above_zero, default=3e-4, help="AdamW's peak rate (default: %(default)g)")
+    train.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's weight decay (default: %(default)g)")
+    train.add_argument("--warmup", type=_share, default=0.1, help="share of the steps until the peak rate (default: %(default)g)")
+    train.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="cosine", help="of the rate (default: %(default)s)")
+    train.add_argument("--class-balanced", action="store_true", help="weigh classes alike in the loss")
+    train.add_argument("--freeze", action="append", default=[], metavar="WHAT", help="'backbone' (train the head only), 'statistics' (BatchNorm keeps the base's), or a regular expression over tensor names; may be repeated")
+    train.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    _device(train)
+    _output(train)
+
+    diff = _command(actions, "diff", "compute a site's vector: tuned minus base")
+    diff.add_argument("base", metavar="BASE", help="study base")
+    diff.add_argument("tuned", metavar="TUNED", help="tuned model folder, .safetensors, or a local .pth/.pt/.bin state dict")
+    diff.add_argument("--labels", metavar="A,B,C", help="labels of the rows of the tuned head, if the file does not say")
+    diff.add_argument("--with-statistics", action="store_true", help="include BatchNorm statistics, a summary of the private images")
+    diff.add_argument("--share-counts", action="store_true", help="include the number of images per class")
+    _output(diff)
+
+    push = _command(actions, "push", "push a vector or model folder; private unless said otherwise")
+    push.add_argument("folder", metavar="DIR")
+    push.add_argument("repo", metavar="REPO", help="Hub repo, or a local folder to make")
+    push.add_argument("--public", action="store_true", help="make a new Hub repo public")
+
+
+def _coordinator(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = _command(actions, "inspect", "norms of vectors and cosines between them")
+    inspect.add_argument("vectors", metavar="REF", nargs="+")
+    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="write the cosines as a heat map")
+    _json(inspect)
+
+    plan = _command(actions, "plan", "what merge would do, or every reason why it cannot")
+    plan.add_argument("recipe", metavar="RECIPE", type=Path)
+    plan.add_argument("--lock", action="store_true", help="write RECIPE.lock.yaml with every input pinned")
+    _json(plan)
+
+    merge = _command(actions, "merge", "do what a recipe says; pushes when it has `push:`")
+    merge.add_argument("recipe", metavar="RECIPE", type=Path)
+    merge.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to make (default: the recipe's output)")
+    merge.add_argument("--no-push", action="store_true", help="do not push, whatever the recipe says")
+    _device(merge)
+    _json(merge)
+
+    evaluate = _command(actions, "evaluate", "accuracy, balanced accuracy, macro F1, AUROC, ECE with intervals")
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("images", metavar="IMAGES")
+    evaluate.add_argument("--split", help="split of the data set")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, help="(default: %(default)s)")
+    _device(evaluate)
+    _json(evaluate)
+
+
+def _reference(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    methods = _command(actions, "methods", "the merge methods: formula, options, source")
+    _json(methods)
+    _command(actions, "schema", "JSON Schema of the recipe, for editors")
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to make")
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to below 1, got {text}")
+    return value

@@ -1,0 +1,113 @@
+"""How well a network does on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_datavec import metrics
+from hf_datavec.metrics import Estimate
+from hf_datavec.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hf_datavec.images import ImageSet
+    from hf_datavec.models import Network
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities (n, labels) and reference rows (n,) in the order of the images."""
+
+    labels: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    references: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of one network on one set of images."""
+
+    images: str
+    count: int
+    metrics: dict[str, Estimate]
+    examples: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        return asdict(self)
+
+
+def predict(network: Network, images: ImageSet, *, batch_size: int = 64) -> Predictions:
+    """The network's probabilities for every image; under several processes each looks at its share.
+
+    Raises: InputError for unreadable images, missing labels, and labels that the network lacks.
+    """
+    import numpy as np
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    references = np.array(images.label_rows(network.labels), dtype=np.int64)
+    state = PartialState()
+    with state.split_between_processes(list(range(len(images)))) as indices:
+        parts = list(_probabilities(network, images, indices, batch_size))
+    # Only the images are split, never padded, so each is counted once whatever the number of processes.
+    rows = gather_object(parts) if state.num_processes > 1 else parts
+    return Predictions(network.labels, np.concatenate(rows), references)
+
+
+def _probabilities(
+    network: Network, images: ImageSet, indices: list[int], batch_size: int
+) -> Iterator[NDArray[np.float64]]:
+    import torch
+
+    starts = range(0, len(indices), batch_size)
+    for start in progress(starts, text="evaluate", total=len(starts), unit="batch"):
+        with torch.no_grad():
+            logits = network.logits(images.tensors(network.preprocess, indices[start : start + batch_size]))
+        yield torch.softmax(logits.double(), dim=1).cpu().numpy()
+
+
+def score(predictions: Predictions, images: str) -> Evaluation:
+    """The metrics of predictions, gathered and computed by the `evaluate` library's own machinery."""
+    import numpy as np
+
+    found = _metric().compute(predictions=predictions.probabilities, references=predictions.references)
+    counts = np.bincount(predictions.references, minlength=len(predictions.labels))
+    examples = {label: int(count) for label, count in zip(predictions.labels, counts, strict=True)}
+    return Evaluation(images, len(predictions.references), found, examples)
+
+
+def _metric() -> Any:
+    """An `evaluate.Metric` over probabilities; built here, since `evaluate.load` would download and run a script."""
+    import datasets
+    import evaluate
+    import numpy as np
+
+    class ImageClassification(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> evaluate.MetricInfo:
+            features = datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float64")),
+                    "references": datasets.Value("int64"),
+                }
+            )
+            return evaluate.MetricInfo(
+                description="Accuracy, balanced accuracy, macro F1, AUROC and ECE with bootstrap intervals.",
+                citation="",
+                inputs_description="class probabilities and reference rows",
+                features=features,
+            )
+
+        def _compute(self, predictions: Any, references: Any) -> dict[str, Estimate]:
+            return metrics.measure(np.asarray(predictions, dtype=np.float64), np.asarray(references))
+
+    return ImageClassification(keep_in_memory=True)
+
+
+def evaluate_network(network: Network, images: ImageSet, *, batch_size: int = 64) -> Evaluation:
+    """Predict and score in one go. Raises as `predict`."""
+    return score(predict(network, images, batch_size=batch_size), images.text)

@@ -1,0 +1,229 @@
+"""A site's training, by transformers.Trainer on the study base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.errors import InputError
+from hf_datavec.models import Network, normalization_layers
+from hf_datavec.progress import quiet_libraries, wanted
+from hf_datavec.tensors import open_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_datavec.images import ImageSet
+
+TRAINING_FILE = "training.json"
+# Preprocessed pictures are kept when they fit; decoding them again each epoch can cost as much as training.
+KEPT_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a site trains; `freeze` holds `backbone`, `statistics` or regular expressions over tensor names."""
+
+    epochs: float = 10.0
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    class_balanced: bool = False
+    freeze: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
+    """Fine-tune in `folder`, which then holds the tuned tensors and a record; returns images per label.
+
+    Checkpoints are kept below `folder` after every epoch; a run with the same settings goes on from the last.
+
+    Raises: InputError for labels that the base lacks, unreadable images, or an unfinished run with other settings.
+    """
+    from transformers import Trainer
+
+    quiet_libraries()
+    rows = images.label_rows(network.labels)
+    counts = Counter(network.labels[row] for row in rows)
+    examples = {label: counts[label] for label in network.labels}
+    resume = _resume_from(folder, base, images, settings)
+    _freeze(network, base, settings.freeze)
+    trainer = Trainer(
+        model=network.module,
+        args=_arguments(settings, folder / "checkpoints", network.module.device.type),
+        train_dataset=_examples(network, images, rows),
+        data_collator=_collate,
+        compute_loss_func=_balanced_loss(rows, len(network.labels)) if settings.class_balanced else None,
+    )
+    _without_console(trainer)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.is_world_process_zero():
+        network.module.save_pretrained(folder)
+        _check_names(folder, base)
+        _record(folder, settings, examples)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return examples
+
+
+def _arguments(settings: Settings, folder: Path, device: str) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,  # below one: a share of all steps
+        lr_scheduler_type=settings.schedule,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        use_cpu=device == "cpu",
+        disable_tqdm=not wanted(),
+    )
+
+
+def _examples(network: Network, images: ImageSet, rows: list[int]) -> Any:
+    from torch.utils.data import Dataset
+
+    class Examples(Dataset[dict[str, Any]]):
+        def __init__(self) -> None:
+            self.kept: dict[int, torch.Tensor] = {}
+            self.kept_bytes = 0
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            pixels = self.kept.get(index)
+            if pixels is None:
+                pixels = network.preprocess(images.image(index))
+                if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
+                    self.kept[index] = pixels
+                    self.kept_bytes += pixels.nbytes
+            return {"pixel_values": pixels, "labels": rows[index]}
+
+    return Examples()
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def _balanced_loss(rows: list[int], labels: int) -> Callable[..., torch.Tensor]:
+    """Cross-entropy in which every class present weighs alike: n / (classes * count), as scikit-learn's 'balanced'."""
+    import torch
+
+    counts = torch.bincount(torch.tensor(rows), minlength=labels).double()
+    present = int((counts > 0).sum())
+    weights = torch.where(counts > 0, len(rows) / (present * counts.clamp(min=1)), torch.zeros(())).float()
+
+    def loss(outputs: Any, targets: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        each = torch.nn.functional.cross_entropy(
+            outputs["logits"], targets, weight=weights.to(targets.device), reduction="sum"
+        )
+        return each / (num_items_in_batch if num_items_in_batch is not None else len(targets))
+
+    return loss
+
+
+def _freeze(network: Network, base: Checkpoint, freeze: tuple[str, ...]) -> None:
+    patterns = [pattern for pattern in freeze if pattern not in ("backbone", "statistics")]
+    head = [name.partition(".")[0] for name in base.named(Role.HEAD)]
+    names = dict(network.module.named_parameters())
+    for pattern in patterns:
+        try:
+            matched = [name for name in names if re.fullmatch(pattern, _file_name(name))]
+        except re.error as error:
+            raise InputError(f"--freeze '{pattern}' is not a regular expression: {error}") from None
+        if not matched:
+            example = _file_name(next(iter(names)))
+            raise InputError(
+                f"--freeze '{pattern}' matches no parameter",
+                hint=f"use backbone, statistics, or a pattern for whole names such as '{example}'",
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
+    if "backbone" in freeze:
+        for name, parameter in names.items():
+            parameter.requires_grad_(_file_name(name).partition(".")[0] in head)
+    if "statistics" in freeze:
+        for layer in normalization_layers(network.module):
+            # Trainer puts the whole network into train mode before each step; these layers stay as they are.
+            layer.eval()
+            layer.train = lambda mode=True, layer=layer: layer
+
+
+def _file_name(live: str) -> str:
+    return live.removeprefix("timm_model.")
+
+
+def _without_console(trainer: Any) -> None:
+    # Trainer prints its logs to stdout, which belongs to the command's result.
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Settings) -> Path | None:
+    """The last checkpoint of an unfinished run of the same work, after writing down what this run does."""
+    # In JSON's own types, so that what is read back compares equal.
+    work = json.loads(json.dumps({"settings": asdict(settings), "base": base.tensors.digest, "images": len(images)}))
+    note = folder / "unfinished.json"
+    if note.exists():
+        before = json.loads(note.read_text("utf-8"))
+        if before != work:
+            raise InputError(
+                f"an unfinished training of '{folder.name[1:].removesuffix('.partial')}' had other settings, base or images",
+                hint=f"run it again as before to go on, or remove '{folder}' to start anew",
+            )
+    note.write_text(json.dumps(work), "utf-8")
+    complete = [path for path in (folder / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _check_names(folder: Path, base: Checkpoint) -> None:
+    # transformers may rename tensors between versions; the vector needs the very names of the base's file.
+    found = set(open_folder(folder).records)
+    if found != set(base.records):
+        strange = sorted(found ^ set(base.records))[:3]
+        raise InputError(
+            f"transformers saves this network under other tensor names than the base's file ({', '.join(strange)})",
+            hint="load and save the base once with the installed transformers, and start the study from that",
+        )
+
+
+def _record(folder: Path, settings: Settings, examples: dict[str, int]) -> None:
+    record = {"settings": asdict(settings), "examples": examples}
+    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    (folder / "unfinished.json").unlink(missing_ok=True)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `train` wrote down beside a tuned network; empty for a network from elsewhere."""
+    path = folder / TRAINING_FILE
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise InputError(f"'{path}' is not JSON", hint="remove it, or train again") from None
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,38 @@
+"""How vectors lie to each other: norms and cosines, gathered while tensors stream by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Norms (n,) and cosines (n, n) of n vectors, as plain numbers; heads are not counted."""
+
+    norms: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...]
+
+
+class Gram:
+    """The inner products of n vectors, summed over the slices that it is shown."""
+
+    def __init__(self) -> None:
+        self._products: torch.Tensor | None = None
+
+    def add(self, vectors: torch.Tensor) -> None:
+        """Count one slice, shape (n, d)."""
+        products = (vectors @ vectors.T).double()
+        self._products = products if self._products is None else self._products + products
+
+    def geometry(self) -> Geometry:
+        """Norms and cosines of all that was counted; a zero vector has cosine 0 to every other."""
+        if self._products is None:
+            return Geometry((), ())
+        norms = self._products.diagonal().clamp(min=0).sqrt()
+        cosines = self._products / (norms[:, None] * norms[None, :]).clamp(min=1e-300)
+        rows = tuple(tuple(float(value) for value in row) for row in cosines.clamp(-1, 1))
+        return Geometry(tuple(float(norm) for norm in norms), rows)

@@ -1,0 +1,162 @@
+"""Image folders and data sets, as `datasets` reads them: pictures and label names by index."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_datavec import hub
+from hf_datavec.errors import InputError, did_you_mean, listed
+from hf_datavec.progress import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
+# What a data set repo may give us: pictures and tables, no code.
+DATA_FILES = ("*.parquet", "*.arrow", "*.jpg", "*.jpeg", "*.png", "*.bmp", "*.tif", "*.tiff", "*.webp",
+              "*.zip", "*.tar", "*.csv", "*.jsonl", "*.json", "*.md")  # fmt: skip
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures in a fixed order, with a label name each where the source has labels."""
+
+    fetched: hub.Fetched
+    rows: Any
+    image_column: str
+    label_column: str | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def text(self) -> str:
+        """What messages call this set."""
+        return self.fetched.reference.text
+
+    def image(self, index: int) -> Image:
+        """The picture in RGB, turned upright by its EXIF entry.
+
+        Raises: InputError for a file that is no complete picture.
+        """
+        from PIL import Image, ImageOps
+
+        entry = self.rows[index][self.image_column]
+        name = entry["path"] or f"image {index} of '{self.text}'"
+        try:
+            source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
+            with Image.open(source) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).split(" <")[0].split(" '")[0]
+            raise InputError(
+                f"cannot read the image '{name}': {reason}", hint="repair or remove the file and run again"
+            ) from None
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The label of each picture. Raises: InputError when the source has none."""
+        if self.label_column is None:
+            raise InputError(
+                f"the images in '{self.text}' have no labels",
+                hint="put each class in a folder of its own, or add a metadata.csv with file_name,label",
+            )
+        feature, values = self.rows.features[self.label_column], self.rows[self.label_column]
+        if hasattr(feature, "int2str"):
+            unlabelled = [index for index, value in enumerate(values) if value is None or value < 0]
+            self._refuse_unlabelled(unlabelled)
+            return tuple(feature.names[value] for value in values)
+        self._refuse_unlabelled([index for index, value in enumerate(values) if value is None])
+        return tuple(str(value) for value in values)
+
+    def _refuse_unlabelled(self, indices: Sequence[int]) -> None:
+        if indices:
+            raise InputError(f"{len(indices)} of {len(self)} images in '{self.text}' have no label, first number {indices[0]}")
+
+    def label_rows(self, labels: tuple[str, ...]) -> list[int]:
+        """For each picture the row of its label in a model's head.
+
+        Raises: InputError for labels that the model lacks.
+        """
+        row_of = {label: row for row, label in enumerate(labels)}
+        strange = set(self.labels) - set(labels)
+        if strange:
+            near = did_you_mean(min(strange), labels)
+            raise InputError(
+                f"the images in '{self.text}' have labels that the model lacks: {listed(strange)}; "
+                f"the model knows {listed(labels, most=12)}",
+                hint=near if near and near.startswith("did") else "rename the classes, or start from a base that has them",
+            )
+        return [row_of[label] for label in self.labels]
+
+    def tensors(self, preprocess: Callable[[Image], torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        """The preprocessed pictures of some indices, shape (n, channels, height, width)."""
+        import torch
+
+        return torch.stack([preprocess(self.image(index)) for index in indices])
+
+
+def open_images(reference: hub.Reference, *, split: str | None = None) -> ImageSet:
+    """The images of a folder (sub-folders are classes, or a metadata.csv), a saved data set or a Hub data set.
+
+    Raises: InputError for a missing or empty folder, an unknown split, a source without images.
+    """
+    import datasets
+
+    quiet_libraries()
+    fetched = hub.fetch(reference, patterns=DATA_FILES, repo_type="dataset")
+    loaded = _load(fetched.folder, reference.text)
+    if isinstance(loaded, datasets.DatasetDict):
+        loaded = _chosen(loaded, split, reference.text)
+    elif split:
+        raise InputError(f"'{reference.text}' has no splits, but 'split: {split}' is asked for")
+    columns = [name for name, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise InputError(f"'{reference.text}' holds no images; its columns are {listed(loaded.features)}")
+    rows = loaded.cast_column(columns[0], datasets.Image(decode=False))
+    if not len(rows):
+        raise InputError(f"'{reference.text}' holds no images")
+    return ImageSet(fetched, rows, columns[0], _label_column(loaded))
+
+
+def _load(folder: Path, text: str) -> Any:
+    import datasets
+
+    if not folder.is_dir():
+        raise InputError(f"'{text}' is not a folder", hint="give the folder that holds the images")
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return datasets.load_from_disk(str(folder))
+    if not any(path.is_file() and not path.name.startswith(".") for path in folder.rglob("*")):
+        raise InputError(f"the folder '{text}' holds no images", hint=f"expected {', '.join(PICTURES[:3])} ... files")
+    try:
+        return datasets.load_dataset(str(folder))
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"'{text}' cannot be read as images: {type(error).__name__}: {reason}") from None
+
+
+def _chosen(splits: Any, split: str | None, text: str) -> Any:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split is None:
+        raise InputError(f"'{text}' has the splits {listed(splits)}", hint="choose one with split: NAME (or --split)")
+    if split not in splits:
+        raise InputError(f"'{text}' has no split '{split}'; it has {listed(splits)}", hint=did_you_mean(split, splits))
+    return splits[split]
+
+
+def _label_column(rows: Any) -> str | None:
+    import datasets
+
+    for name in LABEL_COLUMNS:
+        if name in rows.features:
+            return name
+    classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return classes[0] if classes else None

@@ -1,0 +1,99 @@
+"""The record beside a vector: what it was computed from, what it holds and what it leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hf_datavec.checkpoint import Role
+from hf_datavec.errors import InputError
+
+MANIFEST_FILE = "datavec.json"
+VECTOR_FILE = "vector.safetensors"
+FORMAT = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BaseIdentity(_Part):
+    """The base that a vector belongs to: where it was found and, binding, the digest of its content."""
+
+    id: str
+    commit: str | None = None
+    digest: str
+
+
+class TensorEntry(_Part):
+    """One tensor of the base; `stored` says whether the vector holds its difference."""
+
+    role: Role = Field(strict=False)
+    shape: tuple[int, ...] = Field(strict=False)
+    dtype: str
+    stored: bool
+
+
+class Manifest(_Part):
+    """The content of `datavec.json`."""
+
+    format: int = FORMAT
+    base: BaseIdentity
+    digest: str
+    labels: tuple[str, ...] = Field(strict=False)
+    examples: dict[str, int] | None = None
+    training: dict[str, Any] | None = None
+    tensors: dict[str, TensorEntry]
+    tools: dict[str, str]
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the vector carries the site's BatchNorm running statistics."""
+        return any(entry.stored for entry in self.tensors.values() if entry.role is Role.STATISTIC)
+
+    @property
+    def stored(self) -> dict[str, TensorEntry]:
+        """The tensors that the vector holds."""
+        return {name: entry for name, entry in self.tensors.items() if entry.stored}
+
+    def write(self, folder: Path) -> None:
+        text = self.model_dump_json(indent=2, exclude_none=True)
+        (folder / MANIFEST_FILE).write_text(text + "\n", "utf-8")
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest in a vector folder.
+
+    Raises: InputError when it is missing, damaged or of a newer format.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        what = "a model: write {model: ...} for it" if (folder / "config.json").exists() else "not a vector"
+        raise InputError(f"'{folder}' has no {MANIFEST_FILE}: it is {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read '{path}': {error}") from None
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        newer = _format_of(text)
+        if newer is not None and newer > FORMAT:
+            raise InputError(
+                f"'{path}' has format {newer}, this version reads {FORMAT}", hint="upgrade hf-datavec"
+            ) from None
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"'{path}' is damaged: {place}: {first['msg']}") from None
+
+
+def _format_of(text: str) -> int | None:
+    import json
+
+    try:
+        found = json.loads(text).get("format")
+    except (ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None

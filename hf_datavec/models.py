@@ -1,0 +1,122 @@
+"""One face for image classifiers of transformers and timm, loaded from a folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_datavec.checkpoint import Checkpoint, open_checkpoint
+from hf_datavec.errors import InputError, RunError, listed
+from hf_datavec.progress import quiet_libraries
+from hf_datavec.tensors import open_folder
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier in memory, its labels, and how a picture becomes its input."""
+
+    module: Any
+    labels: tuple[str, ...]
+    preprocess: Callable[[Image], torch.Tensor]
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits, shape (n, labels), for preprocessed pictures, shape (n, channels, height, width)."""
+        result: torch.Tensor = self.module(pixel_values=pixels.to(self.module.device)).logits
+        return result
+
+
+def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
+    """The network in a folder, in float32 and evaluation mode.
+
+    Raises: InputError when tensors are missing, left over or of another shape, or it cannot be built.
+    """
+    checkpoint = open_checkpoint(folder)
+    module = load_module(checkpoint)
+    return Network(module.to(device).eval(), checkpoint.labels, _preprocess(checkpoint))
+
+
+def load_module(checkpoint: Checkpoint) -> Any:
+    """The bare module of a checkpoint. Raises as `load`."""
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    quiet_libraries()
+    try:
+        module, info = AutoModelForImageClassification.from_pretrained(
+            checkpoint.folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"transformers cannot build the network in '{checkpoint.folder}': {reason}") from None
+    wrong = {
+        kind: {str(found[0]) if isinstance(found, tuple) else str(found) for found in info[kind]}
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    for kind, names in wrong.items():
+        if names:
+            raise InputError(
+                f"'{checkpoint.folder}' does not load whole: {kind.replace('_', ' ')} {listed(names)}",
+                hint="its tensors and its config.json belong to different networks",
+            )
+    return module
+
+
+def _preprocess(checkpoint: Checkpoint) -> Callable[[Image], torch.Tensor]:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"'{checkpoint.folder}' does not say how pictures are prepared: {reason}",
+            hint="a transformers model needs its preprocessor_config.json",
+        ) from None
+    if checkpoint.library == "timm":
+        transforms: Callable[[Image], torch.Tensor] = processor.val_transforms
+        return transforms
+
+    def prepare(image: Image) -> torch.Tensor:
+        pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    return prepare
+
+
+def normalization_layers(module: Any) -> list[Any]:
+    """Every BatchNorm layer that keeps running statistics, subclasses such as timm's included."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+
+
+def stored_statistics(network: Network) -> dict[str, torch.Tensor]:
+    """The BatchNorm running statistics in memory, under the names that the model's file uses.
+
+    Live names differ from those in the file (timm's wrapper, renamed transformers modules), so the library's
+    own saving code translates them.
+    """
+    buffers = {
+        name: value.clone()
+        for name, value in network.module.state_dict().items()
+        if name.endswith(("running_mean", "running_var"))
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        network.module.save_pretrained(folder, state_dict=buffers)
+        stored = open_folder(Path(folder))
+        return {name: stored.read(name).clone() for name in stored.records}
+
+
+def refuse_unloadable(folder: Path) -> None:
+    """Load a folder that was just written, as a user will. Raises: RunError when anything does not fit."""
+    try:
+        load_module(open_checkpoint(folder))
+    except InputError as error:
+        raise RunError(f"the result does not load and was not kept: {error.problem}") from None

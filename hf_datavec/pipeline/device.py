@@ -1,0 +1,26 @@
+"""Where computing happens: Accelerate's choice, or what the user says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from hf_datavec.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose(device: Device) -> torch.device:
+    """The device of this process. Raises: InputError for `cuda` on a machine without a usable GPU."""
+    import torch
+    from accelerate import PartialState
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU on this machine", hint="use --device auto or cpu")
+    if device == "cpu":
+        PartialState(cpu=True)  # remembered for the whole process, Trainer included
+        return torch.device("cpu")
+    found: torch.device = PartialState().device
+    return found

@@ -1,0 +1,78 @@
+"""The lock file: a recipe whose inputs are pinned by commit and content digest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_datavec import hub
+from hf_datavec.hub import Fetched
+from hf_datavec.plan import Plan
+from hf_datavec.recipe import ModelEntry
+from hf_datavec.vector import tool_versions
+
+
+def text(plan: Plan, contributions_in_order: tuple[str, ...], *, recipe_folder: Path, folder: Path) -> str:
+    """The lock of a plan as YAML, for a file in `folder`; local paths become relative to it."""
+    recipe = plan.recipe.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
+    by_name = {one.name: one for one in plan.contributions}
+    ordered = [by_name[name] for name in contributions_in_order]
+    recipe["base"] = pinned(plan.base_fetched, folder)
+    recipe["vectors"] = [
+        _entry(plan.recipe.entries[index], one.name, pinned(one.fetched, folder)) for index, one in enumerate(ordered)
+    ]
+    for section in ("recalibrate", "evaluate"):
+        if recipe.get(section, {}).get("images"):
+            recipe[section]["images"] = _moved(recipe[section]["images"], recipe_folder, folder)
+    if recipe.get("output"):
+        recipe["output"] = _relative((recipe_folder / recipe["output"]).absolute(), folder)
+    recipe["lock"] = {
+        "base": _locked(plan.base_fetched, plan.base.tensors.digest, folder),
+        "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
+        "tools": tool_versions(),
+    }
+    return dump(recipe)
+
+
+def _entry(entry: Any, name: str, reference: str) -> dict[str, Any]:
+    kind = "model" if isinstance(entry, ModelEntry) else "vector"
+    found: dict[str, Any] = {kind: reference, "name": name}
+    return found if entry.weight is None else {**found, "weight": entry.weight}
+
+
+def _locked(fetched: Fetched, digest: str, folder: Path) -> dict[str, Any]:
+    commit = {"commit": fetched.commit} if fetched.commit else {}
+    return {"reference": pinned(fetched, folder), **commit, "digest": digest}
+
+
+def pinned(fetched: Fetched, folder: Path) -> str:
+    """The reference of what was fetched: a repo at its commit, or a path relative to `folder`."""
+    if fetched.reference.path is not None:
+        return _relative(fetched.reference.path, folder)
+    return f"{fetched.reference.repo}@{fetched.commit}"
+
+
+def _moved(reference: str, old: Path, new: Path) -> str:
+    parsed = hub.parse(reference, relative_to=old)
+    return reference if parsed.path is None else _relative(parsed.path, new)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    found = os.path.relpath(path, folder)
+    return found if found.startswith("..") else f"./{found}"
+
+
+def dump(data: dict[str, Any]) -> str:
+    """Data as block-style YAML in the order given."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.width = 4096  # one value, one line
+    out = io.StringIO()
+    writer.dump(data, out)
+    return out.getvalue()

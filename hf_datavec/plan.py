@@ -1,0 +1,240 @@
+"""From a recipe and headers to immutable steps: what a merge will do, or every reason why it cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.errors import InputError, raise_all
+from hf_datavec.hub import Fetched
+from hf_datavec.methods import Method, all_methods
+from hf_datavec.recipe import Merge, Override, Recipe
+from hf_datavec.tensors import TORCH_NAMES, Record
+from hf_datavec.vector import TaskVector, TunedDifferences, check_against
+
+STORED_AS = {long: short for short, long in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One site's share in a merge."""
+
+    name: str
+    fetched: Fetched
+    source: TaskVector | TunedDifferences
+    weight: float
+    digest: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.source.labels
+
+    @property
+    def examples(self) -> int | None:
+        """How many images the site declares to have trained on."""
+        counts = self.source.manifest.examples if isinstance(self.source, TaskVector) else None
+        return sum(counts.values()) if counts else None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the site's own BatchNorm statistics can be read."""
+        return self.source.manifest.has_statistics if isinstance(self.source, TaskVector) else True
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How one tensor of the result is made."""
+
+    record: Record
+    role: Role
+    method: Method
+    options: Mapping[str, Any]
+    scale: float
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a merge will do, decided before a tensor is read; sites are in the order of their digests."""
+
+    recipe: Recipe
+    base: Checkpoint
+    base_fetched: Fetched
+    contributions: tuple[Contribution, ...]
+    labels: tuple[str, ...]
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def read_bytes(self) -> int:
+        """What the merge reads: the base once and every vector once."""
+        stored = sum(
+            record.nbytes
+            for contribution in self.contributions
+            for record in _records(contribution)
+        )
+        return self.base.tensors.nbytes + stored
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(step.record.nbytes for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        """A bound on the memory of the merge itself beyond mapped files: the largest tensor of all sites at once."""
+        largest = max((_values(step.record) for step in self.steps), default=0)
+        # n float32 rows, and the combination, the base and the result in float64.
+        return largest * (4 * len(self.contributions) + 3 * 8)
+
+
+def _values(record: Record) -> int:
+    count = 1
+    for size in record.shape:
+        count *= size
+    return count
+
+
+def _records(contribution: Contribution) -> tuple[Record, ...]:
+    source = contribution.source
+    if isinstance(source, TaskVector):
+        return tuple(source.tensors.records.values())
+    return tuple(source.tuned.tensors.records.values())
+
+
+def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: tuple[Contribution, ...]) -> Plan:
+    """The plan of a merge. Raises: InputErrors with every reason why it cannot be done."""
+    errors: list[InputError] = []
+    for contribution in contributions:
+        if isinstance(contribution.source, TaskVector):
+            errors += check_against(contribution.source, checkpoint, base.reference.identity)
+    errors += _lock_errors(recipe, checkpoint, contributions)
+    weighed, weight_errors = _weighed(recipe.merge, contributions)
+    errors += weight_errors
+    errors += _method_errors(recipe.merge, weighed)
+    errors += _restoration_errors(recipe, checkpoint, contributions)
+    errors += _override_errors(recipe.merge, checkpoint)
+    raise_all(errors)
+    # The recipe's order must not matter, bit for bit, so sites are summed in the order of their content.
+    ordered = tuple(sorted(weighed, key=lambda one: (one.digest, one.weight, one.name)))
+    labels = fused_labels(checkpoint.labels, [one.labels for one in ordered])
+    steps = tuple(_steps(recipe, checkpoint, labels))
+    return Plan(recipe, checkpoint, base, ordered, labels, steps, tuple(_notes(recipe, checkpoint, ordered)))
+
+
+def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The union of the sites' labels: those of the base in its order, then new ones by name."""
+    known = {label for labels in sites for label in labels}
+    return (*(label for label in base if label in known), *sorted(known - set(base)))
+
+
+def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[list[Contribution], list[InputError]]:
+    if merge.weights != "examples":
+        return list(contributions), []
+    errors = [
+        InputError(
+            f"merge.weights is 'examples', but '{one.name}' declares no example counts",
+            hint="the site can add them with `hf-datavec diff --share-counts`; or give each vector a weight",
+        )
+        for one in contributions
+        if not one.examples
+    ]
+    weighed = [
+        Contribution(one.name, one.fetched, one.source, float(one.examples or 1), one.digest) for one in contributions
+    ]
+    return weighed, errors
+
+
+def _method_errors(merge: Merge, contributions: list[Contribution]) -> Iterator[InputError]:
+    used = {merge.method, *(override.method for override in merge.overrides if override.method)}
+    weights = [one.weight for one in contributions]
+    for name in sorted(used):
+        method = all_methods()[name]
+        if not method.uses_weights and len(set(weights)) > 1:
+            given = ", ".join(f"{one.name}: {one.weight:g}" for one in contributions)
+            hint = "use method: linear, or leave the weights out"
+            yield InputError(f"the method '{name}' ignores weights, but they differ ({given})", hint=hint)
+        if method.uses_weights and abs(sum(weights)) < 1e-12 * sum(map(abs, weights)) + 1e-300:
+            yield InputError(f"the weights for the method '{name}' sum to zero, so there is no average")
+
+
+def _restoration_errors(
+    recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]
+) -> Iterator[InputError]:
+    restore = recipe.recalibrate
+    if not restore or restore.mode != "moments" or not base.has_statistics:
+        return
+    for one in contributions:
+        if not one.has_statistics:
+            hint = "the site can make one with `hf-datavec diff --with-statistics`; or use mode: statistics"
+            yield InputError(f"mode 'moments' needs BatchNorm statistics, but the vector '{one.name}' has none", hint=hint)
+
+
+def _override_errors(merge: Merge, base: Checkpoint) -> Iterator[InputError]:
+    names = base.named(Role.WEIGHT, Role.HEAD)
+    for override in merge.overrides:
+        if not any(re.fullmatch(override.tensors, name) for name in names):
+            hint = f"a pattern must match a whole name such as '{names[0]}'"
+            yield InputError(f"the override '{override.tensors}' matches no tensor of the base", hint=hint)
+
+
+def _lock_errors(
+    recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]
+) -> Iterator[InputError]:
+    if recipe.lock is None:
+        return
+    pairs = [("base", recipe.lock.base, base.tensors.digest)]
+    if len(recipe.lock.vectors) != len(contributions):
+        yield InputError(f"the lock lists {len(recipe.lock.vectors)} vectors, the recipe {len(contributions)}")
+        return
+    pairs += [(one.name, locked, one.digest) for one, locked in zip(contributions, recipe.lock.vectors, strict=True)]
+    for name, locked, digest in pairs:
+        if locked.digest != digest:
+            yield InputError(
+                f"'{name}' ({locked.reference}) is not what the lock pins: "
+                f"digest {digest[:19]}..., expected {locked.digest[:19]}...",
+                hint="restore the pinned input, or merge the unlocked recipe",
+            )
+
+
+def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:
+    merge, methods = recipe.merge, all_methods()
+    for name, record in sorted(base.records.items()):
+        role = base.roles[name]
+        shape = (len(labels), *record.shape[1:]) if role is Role.HEAD else record.shape
+        dtype = record.dtype
+        if recipe.dtype and role is not Role.CONSTANT:
+            dtype = STORED_AS[recipe.dtype]
+        override = _first_match(merge, name)
+        method = methods[override.method or merge.method]
+        options = override.options if override.options is not None else merge.options
+        if override.method and override.method != merge.method and override.options is None:
+            options = {}  # options of one method mean nothing to another
+        scale = merge.scale if override.scale is None else override.scale
+        yield Step(Record(name, dtype, shape, record.file, 0), role, method, options, scale)
+
+
+def _first_match(merge: Merge, name: str) -> Override:
+    for override in merge.overrides:
+        if re.fullmatch(override.tensors, name):
+            return override
+    return Override(tensors=".*")
+
+
+def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]) -> Iterator[str]:
+    mode = recipe.recalibrate.mode if recipe.recalibrate else "none"
+    if not base.has_statistics:
+        if mode != "none":
+            yield f"the network has no BatchNorm: recalibration ({mode}) is skipped"
+    elif mode == "none":
+        yield "BatchNorm statistics stay the base's; a fused network usually needs `recalibrate:`"
+    seen: dict[str, str] = {}
+    for one in contributions:
+        if one.digest in seen:
+            yield f"'{one.name}' and '{seen[one.digest]}' have the same content and both count"
+        seen.setdefault(one.digest, one.name)

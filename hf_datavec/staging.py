@@ -1,0 +1,79 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_datavec.errors import InputError, RunError
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise InputError when something already stands where a result shall be written."""
+    if output.exists() or output.is_symlink():
+        raise InputError(
+            f"output '{output}' already exists",
+            hint="nothing is overwritten: remove it, or choose another folder with -o",
+        )
+
+
+def partial_path(output: Path) -> Path:
+    """The hidden sibling in which a folder is built; same file system, so that the rename is atomic."""
+    return output.parent / f".{output.name}.partial"
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, keep_unfinished: bool = False) -> Iterator[Path]:
+    """Yield an empty hidden folder that is renamed to `output` when the block ends without an error.
+
+    A killed run leaves at most the hidden `.NAME.partial`, which the next run of the same output replaces
+    (or continues, with `keep_unfinished`).
+
+    Raises: InputError if `output` exists; RunError if another process is writing it now.
+    """
+    output = Path(output).absolute()
+    refuse_existing(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(output)
+    with _locked(partial.with_suffix(".lock"), output):
+        if partial.exists() and not keep_unfinished:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        try:
+            yield partial
+            _flush(partial)
+            refuse_existing(output)  # somebody may have made it while we worked
+            os.rename(partial, output)
+        except BaseException:
+            if not keep_unfinished:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path, output: Path) -> Iterator[None]:
+    # The kernel drops the lock when the process dies, so a killed run never blocks the next one.
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another run is writing '{output}' right now", hint="wait for it to end") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    # After a power cut a renamed folder must not hold files whose bytes never reached the disk.
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -1,0 +1,275 @@
+"""Safetensors on disk: headers without tensors, tensors one by one, digests, and files written as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hf_datavec.errors import InputError, RunError, listed
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes of one element, by the name that safetensors headers use.
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+# The same names as torch spells them, for the types that a weight may have.
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+INDEX_FILE = "model.safetensors.index.json"
+MODEL_FILE = "model.safetensors"
+# The safetensors library refuses larger headers as well; 100 MB describe about a million tensors.
+LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a header says of one tensor; `start` counts bytes from the beginning of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class Tensors(Protocol):
+    """Anything that holds named tensors: a folder of safetensors, or a state dict in memory."""
+
+    @property
+    def records(self) -> Mapping[str, Record]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """Named tensors in one or several safetensors files; memory-mapped, read when asked for."""
+
+    records: Mapping[str, Record]
+
+    @cached_property
+    def _files(self) -> dict[Path, Any]:
+        return {}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(sorted({record.file for record in self.records.values()}))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.nbytes for record in self.records.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in the type it is stored in."""
+        from safetensors import safe_open
+
+        file = self.records[name].file
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+    @cached_property
+    def digest(self) -> str:
+        """The content digest: SHA-256 over names, types, shapes and bytes in the order of the names.
+
+        It does not depend on how tensors are spread over files, nor on a file's metadata.
+        """
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+            hashes = list(pool.map(_hash, (self.records[name] for name in sorted(self.records))))
+        return combined_digest(zip((self.records[name] for name in sorted(self.records)), hashes, strict=True))
+
+
+def combined_digest(parts: Iterable[tuple[Record, str]]) -> str:
+    """The content digest of tensors whose own SHA-256 are known."""
+    whole = hashlib.sha256()
+    for record, tensor_hash in sorted(parts, key=lambda part: part[0].name):
+        shape = "x".join(map(str, record.shape))
+        whole.update(f"{record.name}\0{record.dtype}\0{shape}\0{tensor_hash}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _hash(record: Record) -> str:
+    if not record.nbytes:
+        return hashlib.sha256().hexdigest()
+    with open(record.file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        with memoryview(view) as whole, whole[record.start : record.start + record.nbytes] as part:
+            return hashlib.sha256(part).hexdigest()
+
+
+def open_file(path: Path) -> StoredTensors:
+    """The tensors of one safetensors file, after its header was checked.
+
+    Raises: InputError for a missing, truncated or malformed file, and for tensor names that are paths.
+    """
+    return StoredTensors(_read_header(path))
+
+
+def open_folder(folder: Path) -> StoredTensors:
+    """The tensors of a model folder: `model.safetensors`, or the shards that its index names.
+
+    Raises: InputError, also when the folder holds only pickles, or index and shards disagree.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        return _open_shards(folder, index)
+    if (folder / MODEL_FILE).is_file():
+        return open_file(folder / MODEL_FILE)
+    pickles = [path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.pkl") for path in folder.glob(pattern)]
+    if pickles:
+        raise InputError(
+            f"'{folder}' holds only pickle files ({listed(pickles)}), expected {MODEL_FILE}",
+            hint="a pickle can run code, so none is read from a folder; save the model with "
+            "save_pretrained, or give `diff` the local .pth/.bin file itself",
+        )
+    raise InputError(f"'{folder}' has no {MODEL_FILE}", hint="expected a transformers or timm model folder")
+
+
+def _open_shards(folder: Path, index: Path) -> StoredTensors:
+    try:
+        shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
+        shards = sorted(set(shard_of.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"'{index}' is not a safetensors index: {error!r}") from None
+    records: dict[str, Record] = {}
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"'{index}' names the file '{shard}', expected a .safetensors file beside it")
+        found = _read_header(folder / shard)
+        strange = {name for name in found if shard_of.get(name) != shard}
+        if strange:
+            raise InputError(f"'{folder / shard}' holds tensors that its index does not place there: {listed(strange)}")
+        records.update(found)
+    missing = set(shard_of) - set(records)
+    if missing:
+        raise InputError(f"'{index}' names tensors that no shard holds: {listed(missing)}")
+    return StoredTensors(records)
+
+
+def _read_header(path: Path) -> dict[str, Record]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The library checks the whole header: sizes, overlaps, that the file is as long as it says.
+        with safe_open(path, framework="np"):
+            pass
+        with open(path, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(min(length, LARGEST_HEADER)))
+    except FileNotFoundError:
+        raise InputError(f"there is no file '{path}'") from None
+    except SafetensorError as error:
+        raise InputError(
+            f"'{path}' is not a complete safetensors file: {error}", hint="copy or download the file again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read '{path}': {error}") from None
+    header.pop("__metadata__", None)
+    _check_names(path, header)
+    offset = 8 + length
+    return {
+        name: Record(name, entry["dtype"], tuple(entry["shape"]), path, offset + entry["data_offsets"][0])
+        for name, entry in sorted(header.items())
+    }
+
+
+def _check_names(path: Path, header: Mapping[str, Any]) -> None:
+    for name, entry in header.items():
+        if ".." in name or "/" in name or "\\" in name or not name.isprintable() or not name:
+            raise InputError(
+                f"'{path}' has a tensor named {name!r}, expected a name such as 'layer1.0.conv1.weight'",
+                hint="a name that is a path is never followed; ask where the file comes from",
+            )
+        if entry["dtype"] not in ITEM_BYTES:
+            raise InputError(f"'{path}': tensor '{name}' has the unsupported type {entry['dtype']}")
+
+
+def write_file(
+    path: Path, layout: Iterable[Record], stream: Iterable[tuple[str, torch.Tensor]]
+) -> list[tuple[Record, str]]:
+    """Write tensors to `path` as they come, and return each record with the SHA-256 of its bytes.
+
+    `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`.
+    At no time is more than one tensor held.
+    """
+    records = in_file_order(layout)
+    header, start = _header(records)
+    written: list[tuple[Record, str]] = []
+    try:
+        with open(path, "wb") as handle:
+            handle.write(header)
+            for record, (name, tensor) in zip(records, stream, strict=True):
+                if name != record.name:
+                    raise ValueError(f"stream yielded '{name}' where '{record.name}' was due")
+                content = _bytes_of(tensor, record)
+                handle.write(content)
+                placed = Record(name, record.dtype, record.shape, path, start)
+                written.append((placed, hashlib.sha256(content).hexdigest()))
+                start += record.nbytes
+    except OSError as error:
+        raise RunError(f"cannot write '{path}': {error.strerror}") from None
+    return written
+
+
+def in_file_order(layout: Iterable[Record]) -> list[Record]:
+    """Records in the order of their bytes in a file: widest type first, so that all are aligned, then by name."""
+    return sorted(layout, key=lambda record: (-ITEM_BYTES[record.dtype], record.name))
+
+
+def _header(records: Iterable[Record]) -> tuple[bytes, int]:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for record in records:
+        entries[record.name] = {
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "data_offsets": [end, end + record.nbytes],
+        }
+        end += record.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes, as the format asks
+    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+
+
+def _bytes_of(tensor: torch.Tensor, record: Record) -> memoryview:
+    import torch
+
+    expected = TORCH_NAMES.get(record.dtype)
+    if tuple(tensor.shape) != record.shape or (expected and tensor.dtype != getattr(torch, expected)):
+        raise ValueError(f"tensor '{record.name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {record}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def overwrite(records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace the bytes of some tensors in place; names, types and shapes stay as they are."""
+    import torch
+
+    for name in sorted(tensors):
+        record = records[name]
+        tensor = tensors[name].to(getattr(torch, TORCH_NAMES[record.dtype]))
+        with open(record.file, "r+b") as handle:
+            handle.seek(record.start)
+            handle.write(_bytes_of(tensor, record))
+
+
+def iterate(tensors: Tensors, layout: Iterable[Record]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored tensors in file order, ready for `write_file`."""
+    for record in in_file_order(layout):
+        yield record.name, tensors.read(record.name)

@@ -1,0 +1,222 @@
+"""Task vectors: computed from a base and a tuned network, written, opened and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hf_datavec import __version__
+from hf_datavec import manifest as manifests
+from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.errors import InputError, listed, raise_all
+from hf_datavec.manifest import VECTOR_FILE, BaseIdentity, Manifest, TensorEntry
+from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
+from hf_datavec.tuned import Tuned
+
+if TYPE_CHECKING:
+    import torch
+
+# Vectors travel in float32 whatever the base's type: differences of half-precision weights need the bits.
+VECTOR_DTYPE = "F32"
+
+
+class Differences(Protocol):
+    """What a merge needs of one contribution: its labels, and its difference to the base by name."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A vector folder: the manifest and the stored differences."""
+
+    folder: Path
+    manifest: Manifest
+    tensors: StoredTensors
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.manifest.labels
+
+    def read(self, name: str) -> torch.Tensor:
+        """The float32 difference; head tensors have one row per label of `labels`."""
+        return self.tensors.read(name)
+
+    def verify(self) -> None:
+        """Compare the stored bytes with the manifest's digest. Raises: InputError when they differ."""
+        found = self.tensors.digest
+        if found != self.manifest.digest:
+            raise InputError(
+                f"'{self.folder / VECTOR_FILE}' is not the file its {manifests.MANIFEST_FILE} describes: "
+                f"digest {found[:19]}..., expected {self.manifest.digest[:19]}...",
+                hint="the file was changed or damaged; ask the site to send it again",
+            )
+
+
+@dataclass(frozen=True)
+class TunedDifferences:
+    """The differences of a tuned network to its base, computed when they are read."""
+
+    base: Checkpoint
+    tuned: Tuned
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.tuned.labels
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tuned minus base in float32; a head row whose label the base lacks counts from zero.
+
+        Raises: InputError for NaN or infinite values.
+        """
+        ours, theirs = self.base.tensors.read(name), self.tuned.read(name)
+        wide = "double" if "F64" in (self.base.records[name].dtype,) else "float"
+        if self.base.roles[name] is Role.HEAD and self.base.labels != self.labels:
+            ours = rows_by_label(ours, self.base.labels, self.labels)
+        difference = (getattr(theirs, wide)() - getattr(ours, wide)()).float()
+        refuse_nonfinite(difference, name, self.tuned.text)
+        return difference
+
+
+def rows_by_label(tensor: torch.Tensor, have: tuple[str, ...], want: tuple[str, ...]) -> torch.Tensor:
+    """The rows of a head tensor in the order of other labels; zero for a label that it lacks."""
+    row_of = {label: row for row, label in enumerate(have)}
+    result = tensor.new_zeros((len(want), *tensor.shape[1:]))
+    for row, label in enumerate(want):
+        if label in row_of:
+            result[row] = tensor[row_of[label]]
+    return result
+
+
+def refuse_nonfinite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raise InputError when a tensor holds NaN or infinite values, and say how many."""
+    import torch
+
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        count = int((~finite).sum())
+        raise InputError(
+            f"'{where}': tensor '{name}' has {count} NaN or infinite values of {tensor.numel()}",
+            hint="the training diverged or the file is damaged; a vector must be finite",
+        )
+
+
+def write(
+    folder: Path,
+    differences: TunedDifferences,
+    base_id: BaseIdentity,
+    *,
+    with_statistics: bool = False,
+    examples: Mapping[str, int] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write `vector.safetensors` and `datavec.json` into a folder and return the manifest.
+
+    Raises: InputError for a tuned network with NaN or infinite weights.
+    """
+    base = differences.base
+    roles = (Role.WEIGHT, Role.HEAD, Role.STATISTIC) if with_statistics else (Role.WEIGHT, Role.HEAD)
+    layout = [
+        Record(name, VECTOR_DTYPE, _shape(base, name, differences.labels), folder, 0) for name in base.named(*roles)
+    ]
+    # All differences have one type, so the order of the file is the order of the names.
+    stream = ((record.name, differences.read(record.name)) for record in layout)
+    hashes = write_file(folder / VECTOR_FILE, layout, stream)
+    result = Manifest(
+        base=base_id,
+        digest=combined_digest(hashes),
+        labels=differences.labels,
+        examples=dict(examples) if examples else None,
+        training=dict(training) if training else None,
+        tensors={
+            name: TensorEntry(
+                role=base.roles[name],
+                shape=_shape(base, name, differences.labels),
+                dtype=base.records[name].dtype,
+                stored=base.roles[name] in roles,
+            )
+            for name in sorted(base.records)
+        },
+        tools=tool_versions(),
+    )
+    result.write(folder)
+    return result
+
+
+def _shape(base: Checkpoint, name: str, labels: tuple[str, ...]) -> tuple[int, ...]:
+    shape = base.records[name].shape
+    return (len(labels), *shape[1:]) if base.roles[name] is Role.HEAD else shape
+
+
+def tool_versions() -> dict[str, str]:
+    """The versions that decide the bytes of a result."""
+    return {"hf-datavec": __version__, **{name: version(name) for name in ("safetensors", "torch")}}
+
+
+def open_vector(folder: Path) -> TaskVector:
+    """The vector in a folder, its header held against its manifest; no tensor is read.
+
+    Raises: InputError for everything that does not fit, told at once.
+    """
+    manifest = manifests.read(folder)
+    tensors = open_file(folder / VECTOR_FILE)
+    stored = manifest.stored
+    errors = []
+    missing, extra = set(stored) - set(tensors.records), set(tensors.records) - set(stored)
+    file = folder / VECTOR_FILE
+    if missing:
+        errors.append(InputError(f"'{file}' lacks tensors that its manifest lists: {listed(missing)}"))
+    if extra:
+        errors.append(InputError(f"'{file}' has tensors that its manifest does not list: {listed(extra)}"))
+    for name in sorted(set(stored) & set(tensors.records)):
+        record = tensors.records[name]
+        if record.dtype != VECTOR_DTYPE:
+            problem = f"'{file}': tensor '{name}' has type {record.dtype}, expected {VECTOR_DTYPE}"
+            errors.append(InputError(problem, hint="make the vector again with `hf-datavec diff`"))
+        elif record.shape != stored[name].shape:
+            expected = list(stored[name].shape)
+            errors.append(
+                InputError(f"'{file}': tensor '{name}' has shape {list(record.shape)}, its manifest says {expected}")
+            )
+    raise_all(errors)
+    return TaskVector(folder, manifest, tensors)
+
+
+def check_against(vector: TaskVector, base: Checkpoint, base_id: str) -> list[InputError]:
+    """Every reason why a vector cannot be added to a base; empty when it fits."""
+    theirs = vector.manifest.base
+    if theirs.digest != base.tensors.digest:
+        if theirs.id == base_id:
+            problem = f"the base '{base_id}' has changed since the vector '{vector.folder}' was made"
+            hint = "use the base as it was (pin its revision), or make the vector again from this one"
+        else:
+            problem = f"the vector '{vector.folder}' was made from the base '{theirs.id}', not from '{base_id}'"
+            hint = "all vectors of a merge start from one base; check `base:` in the recipe"
+        digests = f"digest {theirs.digest[:19]}..., expected {base.tensors.digest[:19]}..."
+        return [InputError(f"{problem}: {digests}", hint=hint)]
+    return _misfits(vector, base)
+
+
+def _misfits(vector: TaskVector, base: Checkpoint) -> list[InputError]:
+    errors = []
+    needed, stored = set(base.named(Role.WEIGHT, Role.HEAD)), vector.manifest.stored
+    missing = needed - set(stored)
+    extra = set(stored) - needed - set(base.named(Role.STATISTIC))
+    if missing:
+        errors.append(InputError(f"the vector '{vector.folder}' lacks tensors of the base: {listed(missing)}"))
+    if extra:
+        errors.append(InputError(f"the vector '{vector.folder}' has tensors that the base lacks: {listed(extra)}"))
+    for name in sorted(set(stored) & set(base.records)):
+        expected = _shape(base, name, vector.labels)
+        if stored[name].shape != expected:
+            found = list(stored[name].shape)
+            errors.append(
+                InputError(f"the vector '{vector.folder}': tensor '{name}' has shape {found}, expected {list(expected)}")
+            )
+    return errors
