@@ -45,12 +45,16 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
 def load_module(checkpoint: Checkpoint) -> Any:
     """The bare module of a checkpoint. Raises as `load`."""
     import torch
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification
 
     quiet_libraries()
     try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        if checkpoint.library == "timm" and config.model_args:
+            # timm 1.0.31 records num_classes here too, and transformers then passes it twice and fails.
+            config.model_args.pop("num_classes", None)
         module, info = AutoModelForImageClassification.from_pretrained(
-            checkpoint.folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
+            checkpoint.folder, config=config, output_loading_info=True, dtype=torch.float32, local_files_only=True
         )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
