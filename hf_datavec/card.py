@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hf_datavec.checkpoint import Role
 from hf_datavec.evaluate import Evaluation
@@ -40,7 +40,9 @@ def vector_card(manifest: Manifest, name: str) -> str:
         if manifest.has_statistics
         else "BatchNorm running statistics are left out, since they summarise private images."
     )
-    roles = [(role.value, sum(e.role is role for e in manifest.tensors.values()), _stored(manifest, role)) for role in Role]
+    entries = manifest.tensors.values()
+    roles = [(role.value, str(sum(e.role is role for e in entries)), _stored(manifest, role)) for role in Role]
+    commit = f" at commit `{manifest.base.commit}`" if manifest.base.commit else ""
     counts = (
         markdown_table(("label", "images"), [(label, str(n)) for label, n in manifest.examples.items()])
         if manifest.examples
@@ -52,7 +54,7 @@ def vector_card(manifest: Manifest, name: str) -> str:
 A task vector: what fine-tuning changed in `{manifest.base.id}` at one site (tuned minus base weights).
 It is no model and does not load as one; `hf-datavec merge` adds several of them to the base.
 
-* Base: `{manifest.base.id}`{f" at commit `{manifest.base.commit}`" if manifest.base.commit else ""}, content `{manifest.base.digest}`
+* Base: `{manifest.base.id}`{commit}, content `{manifest.base.digest}`
 * Labels: {", ".join(manifest.labels)}
 * {statistics} {len(left_out)} of {len(manifest.tensors)} tensors are left out in all.
 
@@ -154,7 +156,8 @@ def _usage(plan: Plan, name: str) -> str:
         "```",
     ]
     if plan.base.library == "timm":
-        lines += ["", "```python", "import timm", "", f'model = timm.create_model("hf-hub:owner/{name}", pretrained=True).eval()', "```"]
+        load = f'model = timm.create_model("hf-hub:owner/{name}", pretrained=True).eval()  # or local-dir:PATH'
+        lines += ["", "```python", "import timm", "", load, "```"]
     return "\n".join(lines)
 
 
@@ -172,14 +175,12 @@ def _evaluation_text(evaluation: Evaluation | None) -> str:
         return "\n## Evaluation\n\nNot evaluated.\n"
     rows = metric_rows(evaluation.metrics)
     return (
-        f"\n## Evaluation\n\n{evaluation.count} images of `{evaluation.images}`, in percent, with 95 % bootstrap intervals "
-        f"over images.\n\n{markdown_table(('metric', 'value'), rows)}\n"
+        f"\n## Evaluation\n\n{evaluation.count} images of `{evaluation.images}`, in percent, with 95 % bootstrap "
+        f"intervals over images.\n\n{markdown_table(('metric', 'value'), rows)}\n"
     )
 
 
-def _metadata(
-    *, model_name: str | None = None, evaluation: Evaluation | None = None, **fields: str | Sequence[str]
-) -> str:
+def _metadata(*, model_name: str | None = None, evaluation: Evaluation | None = None, **fields: Any) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = None
@@ -191,7 +192,10 @@ def _metadata(
                 dataset_name=evaluation.images,
                 metric_type=name,
                 metric_value=round(estimate.value, 4),
-                metric_args={"interval_95": [round(estimate.low, 4), round(estimate.high, 4)], "images": evaluation.count},
+                metric_args={
+                    "interval_95": [round(estimate.low, 4), round(estimate.high, 4)],
+                    "images": evaluation.count,
+                },
             )
             for name, estimate in evaluation.metrics.items()
             if estimate.value == estimate.value

@@ -30,7 +30,7 @@ class InputError(DatavecError):
     exit_code = 2
 
 
-class InputErrors(InputError):
+class InputErrors(InputError):  # noqa: N818 - the plural says what it is
     """Several wrong things, found in one pass and told together."""
 
     def __init__(self, errors: Iterable[InputError]) -> None:
@@ -47,14 +47,14 @@ def raise_all(errors: Iterable[InputError]) -> None:
         raise InputErrors(found)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """The hint that names the nearest known word, or lists them when they are few and none is near."""
+def did_you_mean(word: str, known: Iterable[str], *, listing: bool = True) -> str | None:
+    """The hint that names the nearest known word; else, with `listing`, all of them when they are few."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
     # Beyond a dozen a list stops helping and hides the message itself.
-    return f"known: {', '.join(words)}" if 0 < len(words) <= 12 else None
+    return f"known: {', '.join(words)}" if listing and 0 < len(words) <= 12 else None
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,7 +126,9 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     import torch
 
     return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]).to(
+            memory_format=torch.channels_last
+        ),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
 
@@ -171,7 +174,11 @@ def _freeze(network: Network, base: Checkpoint, freeze: tuple[str, ...]) -> None
         for layer in normalization_layers(network.module):
             # Trainer puts the whole network into train mode before each step; these layers stay as they are.
             layer.eval()
-            layer.train = lambda mode=True, layer=layer: layer
+            layer.train = partial(_stay, layer)
+
+
+def _stay(layer: Any, mode: bool = True) -> Any:  # noqa: ARG001 - stands in for Module.train
+    return layer
 
 
 def _file_name(live: str) -> str:
@@ -193,12 +200,14 @@ def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Set
     if note.exists():
         before = json.loads(note.read_text("utf-8"))
         if before != work:
+            output = folder.name.removeprefix(".").removesuffix(".partial")
             raise InputError(
-                f"an unfinished training of '{folder.name[1:].removesuffix('.partial')}' had other settings, base or images",
+                f"an unfinished training of '{output}' had other settings, base or images",
                 hint=f"run it again as before to go on, or remove '{folder}' to start anew",
             )
     note.write_text(json.dumps(work), "utf-8")
-    complete = [path for path in (folder / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    found = (folder / "checkpoints").glob("checkpoint-*")
+    complete = [path for path in found if (path / "trainer_state.json").exists()]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 

@@ -79,9 +79,7 @@ def parse(text: str, *, relative_to: Path | None = None, revision: str | None = 
     return Reference(text, repo=repo, revision=revision or pinned or None)
 
 
-def fetch(
-    reference: Reference, *, patterns: tuple[str, ...] = READABLE, repo_type: RepoType = "model"
-) -> Fetched:
+def fetch(reference: Reference, *, patterns: tuple[str, ...] = READABLE, repo_type: RepoType = "model") -> Fetched:
     """The folder of a reference; a Hub repo is resolved to a commit once and downloaded by that commit.
 
     Raises: InputError if there is no such folder, repo or revision, or no access to it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,17 @@ class ImageSet:
 
     def _refuse_unlabelled(self, indices: Sequence[int]) -> None:
         if indices:
-            raise InputError(f"{len(indices)} of {len(self)} images in '{self.text}' have no label, first number {indices[0]}")
+            first = f"the first is number {indices[0]}"
+            raise InputError(f"{len(indices)} of {len(self)} images in '{self.text}' have no label; {first}")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the encoded pictures in their order; names and labels do not count."""
+        whole = hashlib.sha256()
+        for entry in self.rows[self.image_column]:
+            content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+            whole.update(hashlib.sha256(content).digest())
+        return f"sha256:{whole.hexdigest()}"
 
     def label_rows(self, labels: tuple[str, ...]) -> list[int]:
         """For each picture the row of its label in a model's head.
@@ -88,11 +99,11 @@ class ImageSet:
         row_of = {label: row for row, label in enumerate(labels)}
         strange = set(self.labels) - set(labels)
         if strange:
-            near = did_you_mean(min(strange), labels)
+            near = did_you_mean(min(strange), labels, listing=False)
             raise InputError(
                 f"the images in '{self.text}' have labels that the model lacks: {listed(strange)}; "
                 f"the model knows {listed(labels, most=12)}",
-                hint=near if near and near.startswith("did") else "rename the classes, or start from a base that has them",
+                hint=near or "rename the classes, or start from a base that has them",
             )
         return [row_of[label] for label in self.labels]
 
@@ -134,7 +145,8 @@ def _load(folder: Path, text: str) -> Any:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return datasets.load_from_disk(str(folder))
     if not any(path.is_file() and not path.name.startswith(".") for path in folder.rglob("*")):
-        raise InputError(f"the folder '{text}' holds no images", hint=f"expected {', '.join(PICTURES[:3])} ... files")
+        kinds = ", ".join(PICTURES[:3])
+        raise InputError(f"the folder '{text}' holds no images", hint=f"expected {kinds} ... files")
     try:
         return datasets.load_dataset(str(folder))
     except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:

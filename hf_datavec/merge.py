@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-
 from typing import TYPE_CHECKING
 
 from hf_datavec.checkpoint import Role

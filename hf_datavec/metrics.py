@@ -78,7 +78,8 @@ def _mean(values: Floats) -> Floats:
     known = ~np.isnan(values)
     counts = known.sum(1)
     total = np.where(known, values, 0.0).sum(1)
-    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+    result: Floats = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+    return result
 
 
 def confusion_counts(predicted: Integers, references: Integers, classes: int, weights: Floats) -> Floats:
@@ -88,7 +89,8 @@ def confusion_counts(predicted: Integers, references: Integers, classes: int, we
     cells = references * classes + predicted
     one_hot = np.zeros((len(references), classes * classes))
     one_hot[np.arange(len(references)), cells] = 1.0
-    return (weights @ one_hot).reshape(len(weights), classes, classes)
+    result: Floats = (weights @ one_hot).reshape(len(weights), classes, classes)
+    return result
 
 
 def _auroc(probabilities: Floats, references: Integers, weights: Floats) -> Floats:
@@ -122,4 +124,5 @@ def _calibration_error(probabilities: Floats, correct: NDArray[np.bool_], weight
     member = np.zeros((len(bins), CALIBRATION_BINS))
     member[np.arange(len(bins)), bins] = 1.0
     gaps = np.abs((weights * (correct - confidence)) @ member)
-    return gaps.sum(1) / weights.sum(1)
+    result: Floats = gaps.sum(1) / weights.sum(1)
+    return result

@@ -28,7 +28,10 @@ class Network:
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits, shape (n, labels), for preprocessed pictures, shape (n, channels, height, width)."""
-        result: torch.Tensor = self.module(pixel_values=pixels.to(self.module.device)).logits
+        import torch
+
+        pixels = pixels.to(self.module.device, memory_format=torch.channels_last)
+        result: torch.Tensor = self.module(pixel_values=pixels).logits
         return result
 
 
@@ -37,9 +40,13 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
 
     Raises: InputError when tensors are missing, left over or of another shape, or it cannot be built.
     """
+    import torch
+
     checkpoint = open_checkpoint(folder)
     module = load_module(checkpoint)
-    return Network(module.to(device).eval(), checkpoint.labels, _preprocess(checkpoint))
+    # Convolutions, depthwise ones above all, run up to twice as fast in this order, on CPUs too.
+    module = module.to(device, memory_format=torch.channels_last).eval()
+    return Network(module, checkpoint.labels, _preprocess(checkpoint))
 
 
 def load_module(checkpoint: Checkpoint) -> Any:

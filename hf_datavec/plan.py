@@ -11,7 +11,7 @@ from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, raise_all
 from hf_datavec.hub import Fetched
 from hf_datavec.methods import Method, all_methods
-from hf_datavec.recipe import Merge, Override, Recipe
+from hf_datavec.recipe import LockedInput, Merge, Override, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
 from hf_datavec.vector import TaskVector, TunedDifferences, check_against
 
@@ -74,11 +74,7 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """What the merge reads: the base once and every vector once."""
-        stored = sum(
-            record.nbytes
-            for contribution in self.contributions
-            for record in _records(contribution)
-        )
+        stored = sum(record.nbytes for contribution in self.contributions for record in _records(contribution))
         return self.base.tensors.nbytes + stored
 
     @property
@@ -172,7 +168,8 @@ def _restoration_errors(
     for one in contributions:
         if not one.has_statistics:
             hint = "the site can make one with `hf-datavec diff --with-statistics`; or use mode: statistics"
-            yield InputError(f"mode 'moments' needs BatchNorm statistics, but the vector '{one.name}' has none", hint=hint)
+            problem = f"mode 'moments' needs BatchNorm statistics, but the vector '{one.name}' has none"
+            yield InputError(problem, hint=hint)
 
 
 def _override_errors(merge: Merge, base: Checkpoint) -> Iterator[InputError]:
@@ -183,9 +180,7 @@ def _override_errors(merge: Merge, base: Checkpoint) -> Iterator[InputError]:
             yield InputError(f"the override '{override.tensors}' matches no tensor of the base", hint=hint)
 
 
-def _lock_errors(
-    recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]
-) -> Iterator[InputError]:
+def _lock_errors(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]) -> Iterator[InputError]:
     if recipe.lock is None:
         return
     pairs = [("base", recipe.lock.base, base.tensors.digest)]
@@ -195,11 +190,16 @@ def _lock_errors(
     pairs += [(one.name, locked, one.digest) for one, locked in zip(contributions, recipe.lock.vectors, strict=True)]
     for name, locked, digest in pairs:
         if locked.digest != digest:
-            yield InputError(
-                f"'{name}' ({locked.reference}) is not what the lock pins: "
-                f"digest {digest[:19]}..., expected {locked.digest[:19]}...",
-                hint="restore the pinned input, or merge the unlocked recipe",
-            )
+            yield not_pinned(name, locked, digest)
+
+
+def not_pinned(name: str, locked: LockedInput, digest: str) -> InputError:
+    """The error that an input is not the one that was locked."""
+    return InputError(
+        f"'{name}' ({locked.reference}) is not what the lock pins: "
+        f"digest {digest[:19]}..., expected {locked.digest[:19]}...",
+        hint="restore the pinned input, or merge the unlocked recipe",
+    )
 
 
 def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:

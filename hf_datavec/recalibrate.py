@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
@@ -69,7 +70,7 @@ def statistics(
     *,
     count: int,
     batch_size: int = 64,
-    notify: Callable[[int], None] = lambda images: None,
+    notify: Callable[[int], None] | None = None,
 ) -> int:
     """Set the running statistics to the exact moments of `count` images; returns how many layers were set.
 
@@ -93,10 +94,11 @@ def statistics(
             # A process without images still takes part in every exchange; its one guest image counts nothing.
             chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
             lockstep = _Lockstep(network, layers, counted=bool(chunks))
-            lockstep.run([lambda chunk=chunk: load(chunk) for chunk in chunks or [range(first, first + 1)]])
+            lockstep.run([partial(load, chunk) for chunk in chunks or [range(first, first + 1)]])
             for layer, moments in lockstep.measured.items():
                 found.setdefault(layer, []).extend(moments)
-            notify(end - first)
+            if notify is not None:
+                notify(end - first)
     for layer, parts in found.items():
         _assign(layer, pooled(parts))
     return len(found)
@@ -125,7 +127,7 @@ def _only_measuring(module: Any) -> Iterator[None]:
             part.training = training
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Ends the other forward passes when one has failed."""
 
 
@@ -169,7 +171,7 @@ class _Lockstep:
             self._await_turn(index)
             with torch.no_grad():
                 self.network.logits(batch())
-        except _Abandoned:
+        except _AbandonedError:
             pass
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread
             self._failure = self._failure or error
@@ -199,7 +201,7 @@ class _Lockstep:
         with self._changed:
             self._changed.wait_for(lambda: self._turn == index or self._failure is not None)
         if self._failure is not None:
-            raise _Abandoned
+            raise _AbandonedError
 
     def _pass_turn(self, index: int) -> None:
         with self._changed:
@@ -226,6 +228,8 @@ def moments(base: Checkpoint, contributions: Sequence[Contribution]) -> dict[str
     `mu = sum_j w_j mu_j`, `var = sum_j w_j (var_j + (mu_j - mu)^2)`, weights normalised to one. A channel
     that is dead at a site can have a stored variance below zero by rounding, so each var_j is clamped at zero.
     """
+    import torch
+
     total = sum(one.weight for one in contributions)
     weights = [one.weight / total for one in contributions]
     result: dict[str, torch.Tensor] = {}
@@ -235,12 +239,13 @@ def moments(base: Checkpoint, contributions: Sequence[Contribution]) -> dict[str
         variance_name = name.removesuffix("running_mean") + "running_var"
         means = _site_values(base, contributions, name)
         variances = _site_values(base, contributions, variance_name)
-        mean = sum(weight * value for weight, value in zip(weights, means, strict=True))
-        result[name] = mean
-        result[variance_name] = sum(
-            weight * (variance.clamp(min=0) + (value - mean) ** 2)
-            for weight, value, variance in zip(weights, means, variances, strict=True)
-        )
+        mean = torch.zeros_like(means[0])
+        for weight, value in zip(weights, means, strict=True):
+            mean += weight * value
+        variance = torch.zeros_like(mean)
+        for weight, value, own in zip(weights, means, variances, strict=True):
+            variance += weight * (own.clamp(min=0) + (value - mean) ** 2)
+        result[name], result[variance_name] = mean, variance
     return result
 
 

@@ -254,7 +254,8 @@ def _bytes_of(tensor: torch.Tensor, record: Record) -> memoryview:
     if tuple(tensor.shape) != record.shape or (expected and tensor.dtype != getattr(torch, expected)):
         raise ValueError(f"tensor '{record.name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {record}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    content: memoryview = flat.view(torch.uint8).numpy().data
+    return content
 
 
 def overwrite(records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,10 +76,12 @@ class TunedDifferences:
         Raises: InputError for NaN or infinite values.
         """
         ours, theirs = self.base.tensors.read(name), self.tuned.read(name)
-        wide = "double" if "F64" in (self.base.records[name].dtype,) else "float"
         if self.base.roles[name] is Role.HEAD and self.base.labels != self.labels:
             ours = rows_by_label(ours, self.base.labels, self.labels)
-        difference = (getattr(theirs, wide)() - getattr(ours, wide)()).float()
+        if self.base.records[name].dtype == "F64":
+            difference = (theirs.double() - ours.double()).float()
+        else:
+            difference = theirs.float() - ours.float()
         refuse_nonfinite(difference, name, self.tuned.text)
         return difference
 
@@ -215,8 +217,6 @@ def _misfits(vector: TaskVector, base: Checkpoint) -> list[InputError]:
     for name in sorted(set(stored) & set(base.records)):
         expected = _shape(base, name, vector.labels)
         if stored[name].shape != expected:
-            found = list(stored[name].shape)
-            errors.append(
-                InputError(f"the vector '{vector.folder}': tensor '{name}' has shape {found}, expected {list(expected)}")
-            )
+            shapes = f"has shape {list(stored[name].shape)}, expected {list(expected)}"
+            errors.append(InputError(f"the vector '{vector.folder}': tensor '{name}' {shapes}"))
     return errors

@@ -65,7 +65,9 @@ def test_half_precision_bases_keep_their_type_and_one_vector_gives_back_the_tune
 def test_the_dtype_of_the_recipe_is_the_dtype_of_the_result(study, run):
     fused = merge(study, run, vectors=["./site-a"], dtype="float16")
     assert {value.dtype for name, value in fused.items() if "tracked" not in name} == {torch.float16}
-    assert fused["bn1.num_batches_tracked" if "bn1.num_batches_tracked" in fused else _tracked(fused)].dtype == torch.int64
+    assert (
+        fused["bn1.num_batches_tracked" if "bn1.num_batches_tracked" in fused else _tracked(fused)].dtype == torch.int64
+    )
 
 
 def _tracked(tensors: dict[str, torch.Tensor]) -> str:
@@ -265,3 +267,15 @@ def test_a_lock_gives_the_same_bytes_and_refuses_a_changed_input(study, run):
     assert outcome.code == 2
     assert "'base' (./base) is not what the lock pins" in outcome.err
     assert not (study / "no").exists()
+
+
+def test_a_lock_refuses_other_calibration_images(study, run):
+    recipe = write_recipe(
+        study / "recipe.yaml", base="./base", vectors=["./site-a"], output="./fused", recalibrate={"images": "./images"}
+    )
+    assert run("plan", recipe, "--lock").code == 0
+    make_images(study / "images", seed=9)
+    outcome = run("merge", study / "recipe.lock.yaml")
+    assert outcome.code == 2
+    assert "'calibration images' (./images) is not what the lock pins" in outcome.err
+    assert not (study / "fused").exists()

@@ -54,6 +54,6 @@ class _Stderr(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
-def _terminate(number: int, frame: Any) -> None:
+def _terminate(number: int, _: Any) -> None:
     # As an exception, so that unfinished folders are taken away on the way out.
     raise SystemExit(128 + number)

@@ -87,10 +87,10 @@ def push(options: Namespace) -> None:
 
 
 def inspect(options: Namespace) -> None:
-    from hf_datavec.pipeline import coordinator
+    from hf_datavec.pipeline import measure
     from hf_datavec.tables import size, table
 
-    found = coordinator.inspect(options.vectors, plot=options.plot)
+    found = measure.inspect(options.vectors, plot=options.plot)
     names = [fetched.reference.name for fetched, _ in found.vectors]
     if options.json:
         return _say_json(
@@ -110,22 +110,24 @@ def inspect(options: Namespace) -> None:
     ]  # fmt: skip
     _say(table(("vector", "norm", "size", "base", "base digest", "statistics", "labels"), rows))
     if len(names) > 1:
-        cosines = [(name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, found.geometry.cosines, strict=True)]
+        cosines = [
+            (name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, found.geometry.cosines, strict=True)
+        ]
         _say("\n" + table(("cosine", *names), cosines))
     if options.plot:
         _say(f"\nplot: {options.plot}")
 
 
 def plan(options: Namespace) -> None:
-    from hf_datavec.pipeline import coordinator
+    from hf_datavec.pipeline import lock as locks
+    from hf_datavec.pipeline.prepare import prepare
     from hf_datavec.tables import table
 
-    prepared = coordinator.prepare(options.recipe)
-    lock = coordinator.write_lock(prepared) if options.lock else None
+    prepared = prepare(options.recipe)
+    lock = locks.write(prepared) if options.lock else None
     if options.json:
         return _say_json({**_plan_data(prepared.plan), "lock": str(lock) if lock else None})
-    rows = [(name, value) for name, value in _plan_lines(prepared.plan)]
-    _say(table(("plan", ""), rows))
+    _say(table(("plan", ""), _plan_lines(prepared.plan)))
     for note in prepared.plan.notes:
         _say(f"note: {note}")
     if lock:
@@ -137,7 +139,13 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
         "base": plan.base_fetched.reference.identity,
         "base_digest": plan.base.tensors.digest,
         "vectors": [
-            {"name": one.name, "weight": one.weight, "digest": one.digest, "labels": one.labels, "examples": one.examples}
+            {
+                "name": one.name,
+                "weight": one.weight,
+                "digest": one.digest,
+                "labels": one.labels,
+                "examples": one.examples,
+            }
             for one in plan.contributions
         ],
         "labels": plan.labels,
@@ -156,16 +164,28 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
 def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
     from hf_datavec.tables import size
 
-    lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {plan.base.tensors.digest[7:19]})")]
-    lines += [(f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {one.digest[7:19]}") for one in plan.contributions]
+    lines = [
+        ("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {plan.base.tensors.digest[7:19]})")
+    ]
+    lines += [
+        (f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {one.digest[7:19]}")
+        for one in sorted(plan.contributions, key=lambda one: one.name)
+    ]
     methods: dict[tuple[str, float], int] = {}
     for step in plan.steps:
         if step.role.value in ("weight", "head"):
             methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
     lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
     restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
-    lines += [("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")), ("recalibrate", restore)]
-    lines += [("reads", size(plan.read_bytes)), ("writes", size(plan.write_bytes)), ("memory at most", size(plan.peak_bytes))]
+    lines += [
+        ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
+        ("recalibrate", restore),
+    ]
+    lines += [
+        ("reads", size(plan.read_bytes)),
+        ("writes", size(plan.write_bytes)),
+        ("memory at most", size(plan.peak_bytes)),
+    ]
     return lines
 
 
@@ -202,9 +222,9 @@ def _near(path: Path) -> Path:
 
 
 def evaluate(options: Namespace) -> None:
-    from hf_datavec.pipeline import coordinator
+    from hf_datavec.pipeline import measure
 
-    found = coordinator.evaluate(
+    found = measure.evaluate(
         options.model, options.images, split=options.split, batch_size=options.batch_size, device=options.device
     )
     if options.json:
@@ -226,7 +246,8 @@ def methods(options: Namespace) -> None:
         return _say_json(
             {
                 name: {"summary": found.summary, "formula": found.formula, "source": found.source,
-                       "uses_weights": found.uses_weights, "options": options_model(name).model_json_schema().get("properties", {})}
+                       "uses_weights": found.uses_weights,
+                       "options": options_model(name).model_json_schema().get("properties", {})}
                 for name, found in all_methods().items()
             }
         )  # fmt: skip

@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str) -> argparse.ArgumentParser:
+def _command(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str
+) -> argparse.ArgumentParser:
     found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
     found.set_defaults(run=getattr(commands, name))
     return found
@@ -38,7 +40,9 @@ def _command(actions: argparse._SubParsersAction[argparse.ArgumentParser], name:
 
 def _demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = _command(actions, "demo", "the whole loop on a real network and real images, offline")
-    demo.add_argument("--out", type=Path, default=Path("hf-datavec-demo"), metavar="DIR", help="folder to make (default: %(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("hf-datavec-demo"), metavar="DIR", help="folder to make (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of images and training (default: %(default)s)")
 
 
@@ -46,7 +50,12 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     init = _command(actions, "init", "start a study: a pretrained model with agreed labels and a zero head")
     init.add_argument("base", metavar="BASE", help="pretrained model")
     init.add_argument("--labels", required=True, metavar="A,B,C", help="the labels that all sites agree on")
-    init.add_argument("--image-size", type=_positive, metavar="PIXELS", help="side of the pictures, for all sites (default: as pretrained)")
+    init.add_argument(
+        "--image-size",
+        type=_positive,
+        metavar="PIXELS",
+        help="side of the pictures, for all sites (default: as pretrained)",
+    )
     _output(init)
 
     train = _command(actions, "finetune", "train the study base on a site's images; an interrupted run goes on")
@@ -55,21 +64,43 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train.add_argument("--split", help="split of the data set")
     train.add_argument("--epochs", type=_above_zero, default=10.0, help="passes over the images (default: %(default)g)")
     train.add_argument("--batch-size", type=_positive, default=32, help="images per step (default: %(default)s)")
-    train.add_argument("--learning-rate", "--lr", type=_above_zero, default=3e-4, help="AdamW's peak rate (default: %(default)g)")
+    train.add_argument(
+        "--learning-rate", "--lr", type=_above_zero, default=3e-4, help="AdamW's peak rate (default: %(default)g)"
+    )
     train.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's weight decay (default: %(default)g)")
-    train.add_argument("--warmup", type=_share, default=0.1, help="share of the steps until the peak rate (default: %(default)g)")
-    train.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="cosine", help="of the rate (default: %(default)s)")
+    train.add_argument(
+        "--warmup", type=_share, default=0.1, help="share of the steps until the peak rate (default: %(default)g)"
+    )
+    train.add_argument(
+        "--schedule",
+        choices=("linear", "cosine", "constant"),
+        default="cosine",
+        help="of the rate (default: %(default)s)",
+    )
     train.add_argument("--class-balanced", action="store_true", help="weigh classes alike in the loss")
-    train.add_argument("--freeze", action="append", default=[], metavar="WHAT", help="'backbone' (train the head only), 'statistics' (BatchNorm keeps the base's), or a regular expression over tensor names; may be repeated")
+    train.add_argument(
+        "--freeze",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="'backbone' (train the head only), 'statistics' (BatchNorm keeps the base's), or a regular expression "
+        "over tensor names; may be repeated",
+    )
     train.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     _device(train)
     _output(train)
 
     diff = _command(actions, "diff", "compute a site's vector: tuned minus base")
     diff.add_argument("base", metavar="BASE", help="study base")
-    diff.add_argument("tuned", metavar="TUNED", help="tuned model folder, .safetensors, or a local .pth/.pt/.bin state dict")
-    diff.add_argument("--labels", metavar="A,B,C", help="labels of the rows of the tuned head, if the file does not say")
-    diff.add_argument("--with-statistics", action="store_true", help="include BatchNorm statistics, a summary of the private images")
+    diff.add_argument(
+        "tuned", metavar="TUNED", help="tuned model folder, .safetensors, or a local .pth/.pt/.bin state dict"
+    )
+    diff.add_argument(
+        "--labels", metavar="A,B,C", help="labels of the rows of the tuned head, if the file does not say"
+    )
+    diff.add_argument(
+        "--with-statistics", action="store_true", help="include BatchNorm statistics, a summary of the private images"
+    )
     diff.add_argument("--share-counts", action="store_true", help="include the number of images per class")
     _output(diff)
 

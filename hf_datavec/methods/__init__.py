@@ -85,8 +85,7 @@ def options_model(name: str) -> Any:
     from pydantic import ConfigDict, create_model
 
     fields: Any = {
-        option: (parameter.annotation, parameter.default)
-        for option, parameter in all_methods()[name].options.items()
+        option: (parameter.annotation, parameter.default) for option, parameter in all_methods()[name].options.items()
     }
     return create_model(
         f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields

@@ -8,16 +8,27 @@ from typing import Any
 
 from hf_datavec import hub
 from hf_datavec.hub import Fetched
-from hf_datavec.plan import Plan
+from hf_datavec.images import ImageSet
+from hf_datavec.pipeline.prepare import Prepared, calibration_images
 from hf_datavec.recipe import ModelEntry
 from hf_datavec.vector import tool_versions
 
 
-def text(plan: Plan, contributions_in_order: tuple[str, ...], *, recipe_folder: Path, folder: Path) -> str:
-    """The lock of a plan as YAML, for a file in `folder`; local paths become relative to it."""
+def write(prepared: Prepared) -> Path:
+    """Write the lock beside the recipe and return its path."""
+    target = prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text(prepared, calibration_images(prepared), folder=target.parent), "utf-8")
+    partial.replace(target)
+    return target
+
+
+def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
+    """The lock of a prepared recipe as YAML, for a file in `folder`; local paths become relative to it."""
+    plan, recipe_folder = prepared.plan, prepared.folder
     recipe = plan.recipe.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
     by_name = {one.name: one for one in plan.contributions}
-    ordered = [by_name[name] for name in contributions_in_order]
+    ordered = [by_name[name] for name in prepared.order]
     recipe["base"] = pinned(plan.base_fetched, folder)
     recipe["vectors"] = [
         _entry(plan.recipe.entries[index], one.name, pinned(one.fetched, folder)) for index, one in enumerate(ordered)
@@ -25,11 +36,14 @@ def text(plan: Plan, contributions_in_order: tuple[str, ...], *, recipe_folder: 
     for section in ("recalibrate", "evaluate"):
         if recipe.get(section, {}).get("images"):
             recipe[section]["images"] = _moved(recipe[section]["images"], recipe_folder, folder)
+    if public:
+        recipe["recalibrate"]["images"] = pinned(public.fetched, folder)
     if recipe.get("output"):
         recipe["output"] = _relative((recipe_folder / recipe["output"]).absolute(), folder)
     recipe["lock"] = {
         "base": _locked(plan.base_fetched, plan.base.tensors.digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
+        **({"calibration": _locked(public.fetched, public.digest, folder)} if public else {}),
         "tools": tool_versions(),
     }
     return dump(recipe)

@@ -1,0 +1,43 @@
+"""The recipe: YAML to a frozen, checked description of one merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from hf_datavec import located
+from hf_datavec.errors import raise_all
+from hf_datavec.located import Document, LocatedError
+from hf_datavec.recipe.problems import method_problems, sense_problems, told
+from hf_datavec.recipe.schema import schema
+from hf_datavec.recipe.sections import LockedInput, Merge, ModelEntry, Override, Recipe, VectorEntry
+
+__all__ = ["LockedInput", "Merge", "ModelEntry", "Override", "Recipe", "VectorEntry", "check", "load", "schema"]
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a file.
+
+    Raises: InputError, or InputErrors with everything that is wrong, each with its line and column.
+    """
+    return check(located.read(path))
+
+
+def check(document: Document) -> Recipe:
+    """The recipe that a document holds. Raises as `load` does."""
+    if not isinstance(document.data, dict):
+        raise document.problem((), "a recipe is a mapping with `base:` and `vectors:`")
+    problems: list[LocatedError] = [*document.problems, *method_problems(document)]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(document.data)
+        problems += sense_problems(document, recipe)
+    except ValidationError as error:
+        # Beside a bad entry pydantic also calls the list too short, which it is not.
+        wrong = [one for one in error.errors() if one["type"] != "too_short" or not one["input"]]
+        problems += [told(document, one) for one in wrong]
+    problems.sort(key=lambda problem: problem.place)
+    raise_all(problems)
+    assert recipe is not None  # a ValidationError always holds a problem
+    return recipe

@@ -1,0 +1,149 @@
+"""What is wrong with a recipe, in words and at its place in the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from hf_datavec.errors import did_you_mean
+from hf_datavec.located import Document, KeyPath, LocatedError
+from hf_datavec.methods import all_methods, options_model
+from hf_datavec.recipe.sections import (
+    Evaluate,
+    Lock,
+    Merge,
+    ModelEntry,
+    Override,
+    Push,
+    Recalibrate,
+    Recipe,
+    VectorEntry,
+)
+
+
+def told(document: Document, found: Any) -> LocatedError:
+    """A pydantic error in our words, at its place in the file."""
+    path = tuple(part for part in found["loc"] if not str(part).startswith("<"))
+    kind, value = found["type"], found.get("input")
+    if kind == "extra_forbidden":
+        return _unknown_key(document, path, _known_keys(path[:-1], value_at(document.data, path[:-1])))
+    if kind == "missing":
+        return document.problem(path[:-1], f"'{path[-1]}:' is missing", at="key")
+    if kind == "literal_error":
+        words = re.findall(r"'([^']*)'", found["ctx"]["expected"])
+        near = did_you_mean(str(value), words, listing=False)
+        return document.problem(path, f"{_shown(value)} is not one of {', '.join(words)}", hint=near)
+    return document.problem(path, f"{_expectation(found)}, found {_shown(value)}")
+
+
+def _unknown_key(document: Document, path: KeyPath, known: Iterable[str], otherwise: str | None = None) -> LocatedError:
+    hint = did_you_mean(str(path[-1]), known) or otherwise
+    return document.problem(path, f"unknown key '{path[-1]}'", at="key", about=path[:-1], hint=hint)
+
+
+def _expectation(found: Any) -> str:
+    bounds = found.get("ctx", {})
+    said = {
+        "string_type": "expected text",
+        "float_type": "expected a number",
+        "int_type": "expected a whole number",
+        "int_from_float": "expected a whole number",
+        "bool_type": "expected true or false",
+        "finite_number": "expected a finite number",
+        "dict_type": "expected a mapping",
+        "model_type": "expected a mapping",
+        "model_attributes_type": "expected a mapping",
+        "tuple_type": "expected a list",
+        "string_too_short": "expected some text",
+        "too_short": "expected at least one entry",
+        "greater_than_equal": f"expected a number of at least {bounds.get('ge')}",
+        "less_than_equal": f"expected a number of at most {bounds.get('le')}",
+    }
+    return said.get(found["type"], str(found["msg"]))
+
+
+def _shown(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", type(None): "nothing", bool: str(value).lower()}
+    return names.get(type(value), repr(value)) if value != [] else "an empty list"
+
+
+def value_at(data: Any, path: KeyPath) -> Any:
+    """The value at a path, or None."""
+    for part in path:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def _known_keys(path: KeyPath, data: Any) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "merge": Merge, "recalibrate": Recalibrate, "evaluate": Evaluate, "push": Push, "lock": Lock,
+    }  # fmt: skip
+    if not path:
+        return list(Recipe.model_fields)
+    if path[0] == "vectors":
+        return list((ModelEntry if isinstance(data, dict) and "model" in data else VectorEntry).model_fields)
+    if path[:2] == ("merge", "overrides"):
+        return list(Override.model_fields)
+    return list(sections[str(path[0])].model_fields) if len(path) == 1 and path[0] in sections else []
+
+
+def method_problems(document: Document) -> Iterator[LocatedError]:
+    """Unknown methods, and options that a method lacks or that are out of range, in the whole file."""
+    merge = value_at(document.data, ("merge",))
+    if not isinstance(merge, dict):
+        return
+    default = merge.get("method", Merge().method)
+    places: list[tuple[KeyPath, Any]] = [(("merge",), default)]
+    overrides = merge.get("overrides")
+    for index, override in enumerate(overrides if isinstance(overrides, list) else []):
+        if isinstance(override, dict):
+            places.append((("merge", "overrides", index), override.get("method", default)))
+    for path, name in places:
+        if not isinstance(name, str):
+            continue
+        if name not in all_methods():
+            known = did_you_mean(name, all_methods())
+            if (*path, "method") in document.values:
+                yield document.problem((*path, "method"), f"there is no merge method '{name}'", hint=known)
+            continue
+        yield from _option_problems(document, (*path, "options"), name)
+
+
+def _option_problems(document: Document, path: KeyPath, method: str) -> Iterator[LocatedError]:
+    options = value_at(document.data, path)
+    if not isinstance(options, dict):
+        return
+    model = options_model(method)
+    try:
+        model.model_validate(options)
+    except ValidationError as error:
+        for found in error.errors():
+            here = (*path, *found["loc"])
+            if found["type"] == "extra_forbidden":
+                yield _unknown_key(document, here, model.model_fields, f"the method '{method}' has no options")
+            else:
+                yield document.problem(here, f"{_expectation(found)}, found {_shown(found.get('input'))}")
+
+
+def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]:
+    """What no single field can tell: sections that contradict or lack each other."""
+    weighed = [index for index, entry in enumerate(recipe.entries) if entry.weight is not None]
+    if weighed and recipe.merge.weights == "examples":
+        where: KeyPath = ("vectors", weighed[0], "weight")
+        yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
+    restore = recipe.recalibrate
+    if restore and restore.mode == "statistics" and not restore.images:
+        hint = "name a folder or data set of public images, or use mode: moments or none"
+        yield document.problem(("recalibrate",), "mode 'statistics' needs 'images:'", at="key", hint=hint)
+    for index, override in enumerate(recipe.merge.overrides):
+        try:
+            re.compile(override.tensors)
+        except re.error as error:
+            where = ("merge", "overrides", index, "tensors")
+            yield document.problem(where, f"not a regular expression: {error}")

@@ -1,0 +1,129 @@
+"""The sections of a recipe: what may be written, of which type and range."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+Text = Annotated[str, Field(min_length=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class _Section(BaseModel):
+    # `strict`: the text "2" is no number here; YAML already knows the difference.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class VectorEntry(_Section):
+    """A site's vector; `weight` counts for methods that weigh, `name` is what tables call it."""
+
+    vector: Text
+    revision: Text | None = None
+    weight: Finite | None = None
+    name: Text | None = None
+
+
+class ModelEntry(_Section):
+    """A site's whole tuned model, whose vector is computed on the way."""
+
+    model: Text
+    revision: Text | None = None
+    weight: Finite | None = None
+    name: Text | None = None
+
+
+def _entry_kind(value: Any) -> str:
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return "<text>"
+    is_model = isinstance(value, ModelEntry) or (isinstance(value, dict) and "model" in value)
+    return "<model>" if is_model else "<vector>"
+
+
+# Pydantic puts the tag of the branch into an error's path; the brackets tell it from a key.
+Entry = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[ModelEntry, Tag("<model>")] | Annotated[VectorEntry, Tag("<vector>")],
+    Discriminator(_entry_kind),
+]
+
+
+class Override(_Section):
+    """Another method, options or scale for the tensors whose whole name matches a regular expression."""
+
+    tensors: Text
+    method: Text | None = None
+    options: dict[str, Any] | None = None
+    scale: Finite | None = None
+
+
+class Merge(_Section):
+    """How the vectors are combined; `scale` is the lambda that the result is multiplied with."""
+
+    method: Text = "sum"
+    scale: Finite = 1.0
+    options: dict[str, Any] = {}
+    weights: Literal["equal", "examples"] = "equal"
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Recalibrate(_Section):
+    """How BatchNorm statistics are restored; `images` are public, their labels are not looked at."""
+
+    mode: Literal["none", "statistics", "moments"] = "statistics"
+    images: Text | None = None
+    split: Text | None = None
+    count: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+class Evaluate(_Section):
+    """Labelled images that the fused model is measured on."""
+
+    images: Text
+    split: Text | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+class Push(_Section):
+    """Where the fused model goes: a Hub repo or a local folder."""
+
+    repo: Text
+    private: bool = True
+
+
+class LockedInput(_Section):
+    """The commit and the content digest of one input."""
+
+    reference: Text
+    commit: Text | None = None
+    digest: Text
+
+
+class Lock(_Section):
+    """What a run really used, so that it can be had again."""
+
+    base: LockedInput
+    vectors: Annotated[tuple[LockedInput, ...], Field(strict=False)]
+    calibration: LockedInput | None = None
+    tools: dict[str, str]
+
+
+class Recipe(_Section):
+    """A merge: base, vectors, how to combine, restore and measure, and where the result goes."""
+
+    base: Text
+    vectors: Annotated[tuple[Entry, ...], Field(min_length=1, strict=False)]
+    merge: Merge = Merge()
+    recalibrate: Recalibrate | None = None
+    evaluate: Evaluate | None = None
+    output: Text | None = None
+    dtype: Dtype | None = None
+    push: Push | None = None
+    lock: Lock | None = None
+
+    @property
+    def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:
+        """The contributions, each in its long form."""
+        return tuple(VectorEntry(vector=entry) if isinstance(entry, str) else entry for entry in self.vectors)

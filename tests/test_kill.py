@@ -1,0 +1,131 @@
+"""A merge that is killed at any moment leaves the whole result or none, and never stands in the next one's way."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from networks import write_recipe
+
+from hf_datavec.models import load
+from hf_datavec.staging import partial_path
+
+KILLED = 12
+TERMINATED = 3
+# A merge of the small study takes seconds, most of them imports; beyond this something hangs.
+PATIENCE = 120
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds from the start of a whole run until it begins to write, and from then until it ends."""
+
+    before: float
+    writing: float
+
+
+def start(study: Path) -> subprocess.Popen[bytes]:
+    """A merge of the study's recipe in a process of its own."""
+    command = [sys.executable, "-m", "hf_datavec", "merge", "recipe.yaml", "--device", "cpu"]
+    return subprocess.Popen(
+        command, cwd=study, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def wait_until(done: Callable[[], bool]) -> float:
+    begun = time.monotonic()
+    while not done():
+        assert time.monotonic() - begun < PATIENCE, "the merge does not get on"
+        time.sleep(0.002)
+    return time.monotonic() - begun
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def clear(study: Path) -> None:
+    subprocess.run(["rm", "-rf", study / "fused"], check=True)
+
+
+def test_a_merge_killed_at_any_moment_leaves_the_whole_result_or_none(study, run):
+    # Recalibration and evaluation make the part in which files are written a long one.
+    write_recipe(
+        study / "recipe.yaml", base="./base", vectors=["./site-a", "./site-b"], output="./fused",
+        recalibrate={"images": "./images", "batch_size": 3}, evaluate={"images": "./images"},
+    )  # fmt: skip
+    fused, partial = study / "fused", partial_path(study / "fused")
+    others = sorted(path.name for path in study.iterdir())
+
+    process = start(study)
+    before = wait_until(lambda: partial.exists() or process.poll() is not None)
+    writing = wait_until(lambda: process.poll() is not None)
+    assert process.returncode == 0
+    whole, timing = contents(fused), Timing(before, writing)
+    assert "model.safetensors" in whole
+    clear(study)
+
+    chance = random.Random(0)
+    signals = [signal.SIGKILL] * KILLED + [signal.SIGTERM] * TERMINATED
+    ended: list[str] = []
+    for number, sent in enumerate(signals):
+        ended.append(interrupt(study, timing, sent, during_writing=number % 3 != 0, chance=chance))
+        if fused.exists():
+            assert contents(fused) == whole
+            load(fused)
+        elif sent == signal.SIGTERM and ended[-1] == "in writing":
+            assert not partial.exists(), "a process that is asked to stop takes away what it began"
+        clear(study)
+        outcome = run("merge", "recipe.yaml", "--device", "cpu")
+        assert outcome.code == 0, outcome.err
+        assert contents(fused) == whole
+        assert sorted(path.name for path in study.iterdir()) == sorted([*others, "fused"])
+        clear(study)
+    # Otherwise the moments would not have been spread, and the test would have shown nothing.
+    assert ended.count("before") >= 2, ended
+    assert ended.count("in writing") >= 4, ended
+
+
+def interrupt(study: Path, timing: Timing, sent: signal.Signals, *, during_writing: bool, chance: random.Random) -> str:
+    """Start a merge, send it a signal at a random moment, and say what it was doing then."""
+    partial = partial_path(study / "fused")
+    process = start(study)
+    try:
+        if during_writing:
+            wait_until(lambda: partial.exists() or process.poll() is not None)
+            time.sleep(chance.uniform(0, timing.writing))
+        else:
+            time.sleep(chance.uniform(0, timing.before))
+        seen = partial.exists()
+        process.send_signal(sent)
+        code = process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    if code == 0:
+        assert (study / "fused").exists()
+        return "after"
+    assert code in (-sent, 128 + sent), code
+    return "in writing" if seen else "before"
+
+
+def test_a_process_that_is_asked_to_stop_while_writing_says_so_by_its_exit_code_and_leaves_nothing(study):
+    write_recipe(
+        study / "recipe.yaml", base="./base", vectors=["./site-a", "./site-b"], output="./fused",
+        recalibrate={"images": "./images", "batch_size": 3}, evaluate={"images": "./images"},
+    )  # fmt: skip
+    partial = partial_path(study / "fused")
+    before = sorted(path.name for path in study.iterdir())
+    for sent, expected in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)):
+        process = start(study)
+        wait_until(lambda: partial.exists() or process.poll() is not None)  # noqa: B023 - called at once
+        process.send_signal(sent)
+        assert process.wait(PATIENCE) == expected
+        assert sorted(path.name for path in study.iterdir()) == before
