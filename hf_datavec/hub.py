@@ -13,10 +13,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hf_datavec.errors import InputError, RunError
 from hf_datavec.staging import staged
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # What a model or vector repo may give us: no pickle, no code.
 READABLE = ("*.safetensors", "*.json", "*.yaml", "*.yml", "*.md")
@@ -100,10 +103,9 @@ def fetch(reference: Reference, *, patterns: tuple[str, ...] = READABLE, repo_ty
     return Fetched(reference, Path(folder), commit)
 
 
-def _commit(api: object, reference: Reference, repo_type: RepoType) -> str:
-    from huggingface_hub import HfApi, constants
+def _commit(api: HfApi, reference: Reference, repo_type: RepoType) -> str:
+    from huggingface_hub import constants
 
-    assert isinstance(api, HfApi)
     revision = reference.revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision

@@ -151,12 +151,18 @@ class _Lockstep:
         self._arrived: list[tuple[Any, Moments]] = []
         self._failure: BaseException | None = None
         hooks = [layer.register_forward_pre_hook(self._stop) for layer in self.layers]
-        threads = [threading.Thread(target=self._forward, args=(index, batch)) for index, batch in enumerate(batches)]
+        threads = [
+            threading.Thread(target=self._forward, args=(index, batch), daemon=True)
+            for index, batch in enumerate(batches)
+        ]
         try:
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
+        except BaseException as error:  # a signal in the calling thread: the passes must not go on without it
+            self._failure = error
+            raise
         finally:
             for hook in hooks:
                 hook.remove()

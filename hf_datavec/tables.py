@@ -22,8 +22,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as a Markdown table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    lines.insert(1, "|" + "|".join([" --- ", *(" ---: " for _ in header[1:])]) + "|")
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|" + " --- |" * len(header))
     return "\n".join(lines)
 
 

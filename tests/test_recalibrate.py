@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import WITH_BATCH_NORM, make_network, make_vector, save_with, tune, write_recipe
+from networks import WITH_BATCH_NORM, make_images, make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_datavec import models, recalibrate
+from hf_datavec import hub, models, recalibrate
+from hf_datavec.evaluate import predict
+from hf_datavec.images import open_images
 
 COUNT = 23
 
@@ -130,29 +132,36 @@ PROCESSES = """
 import sys, torch
 from pathlib import Path
 from accelerate import PartialState
-from hf_datavec import models, recalibrate
+from hf_datavec import hub, models
+from hf_datavec.evaluate import predict
+from hf_datavec.images import open_images
 from test_recalibrate import COUNT, restored
 state = PartialState(cpu=True)
 network = models.load(Path(sys.argv[1]))
-found = restored(network, 4)
-one = restored(network, 4, count=1)
+images = open_images(hub.parse(sys.argv[2]))
+found = {"found": restored(network, 4), "one": restored(network, 4, count=1), "processes": state.num_processes}
+found["probabilities"] = torch.tensor(predict(network, images, batch_size=4).probabilities)
 if state.is_main_process:
-    torch.save({"found": found, "one": one, "processes": state.num_processes}, sys.argv[2])
+    torch.save(found, sys.argv[3])
 """
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_the_number_of_processes_does_not_matter(processes, tmp_path):
+def test_the_number_of_processes_changes_neither_statistics_nor_predictions(processes, tmp_path):
     folder = make_network("test_resnet", tmp_path / "net")
+    images = make_images(tmp_path / "images", each=7)  # 21 images: shares are unequal, and none is counted twice
     network = models.load(folder)
+    expected = predict(network, open_images(hub.parse(str(images))), batch_size=8).probabilities
     (tmp_path / "run.py").write_text(PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(tmp_path / "run.py"), str(folder), str(tmp_path / "out.pt")]  # fmt: skip
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    launch = ["torch.distributed.run", "--nproc_per_node", processes, "--rdzv-backend", "c10d"]
+    arguments = ["--rdzv-endpoint", "127.0.0.1:0", tmp_path / "run.py", folder, images, tmp_path / "out.pt"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *map(str, launch + arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = torch.load(tmp_path / "out.pt")
     assert result["processes"] == processes
+    torch.testing.assert_close(result["probabilities"], torch.tensor(expected), rtol=1e-5, atol=1e-6)
     for count, found in ((COUNT, result["found"]), (1, result["one"])):
         for name, value in restored(network, 4, count=count).items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)

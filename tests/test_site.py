@@ -25,7 +25,8 @@ def test_init_replaces_the_head_by_a_zero_one_and_keeps_everything_else(kind, tm
     base = load_file(tmp_path / "base" / WEIGHTS)
     assert set(base) == set(pretrained)
     changed = {name for name in base if base[name].shape != pretrained[name].shape}
-    assert changed and all(name.startswith(("classifier", "fc", "head")) for name in changed)
+    assert changed
+    assert all(name.startswith(("classifier", "fc", "head")) for name in changed)
     assert all(bool((base[name] == 0).all()) and len(base[name]) == 2 for name in changed)
     assert all(torch.equal(base[name], pretrained[name]) for name in base if name not in changed)
     network = load(tmp_path / "base")
@@ -106,11 +107,13 @@ def test_frozen_parts_do_not_move(tmp_path, run):
     everything = moved()
     assert any(name.endswith("running_mean") for name in everything)
     kept = moved("--freeze", "statistics")
-    assert kept and not any(name.endswith(("running_mean", "running_var", "tracked")) for name in kept)
+    assert kept
+    assert not any(name.endswith(("running_mean", "running_var", "tracked")) for name in kept)
     assert any(name.startswith("conv") for name in kept)
     head_only = moved("--freeze", "backbone", "--freeze", "statistics")
     assert head_only == {"fc.weight", "fc.bias"}
-    assert "fc.bias" not in moved("--freeze", r"fc\.bias") and "fc.weight" in moved("--freeze", r"fc\.bias")
+    assert "fc.bias" not in moved("--freeze", r"fc\.bias")
+    assert "fc.weight" in moved("--freeze", r"fc\.bias")
     outcome = run("finetune", "base", "images", "-o", "no", "--freeze", "fc")
     assert outcome.code == 2
     assert "--freeze 'fc' matches no parameter" in outcome.err
@@ -175,14 +178,16 @@ def test_every_form_of_a_tuned_network_gives_the_same_vector(study, run):
 def test_a_vector_leaves_statistics_and_counters_out_unless_asked(study, run):
     outcome = run("diff", "base", "tuned-site-a", "-o", "bare")
     assert outcome.code == 0
-    assert "statistic" in outcome.out and "left out" in outcome.out
+    assert "statistic" in outcome.out
+    assert "left out" in outcome.out
     assert run("diff", "base", "tuned-site-a", "-o", "full", "--with-statistics").code == 0
     names = set(load_file(study / "base" / WEIGHTS))
     bare, full = (set(load_file(study / place / "vector.safetensors")) for place in ("bare", "full"))
     assert names - bare == {name for name in names if name.endswith(("running_mean", "running_var", "tracked"))}
     assert names - full == {name for name in names if name.endswith("tracked")}
     card = (study / "bare" / "README.md").read_text()
-    assert "library_name: hf-datavec" in card and "- task-vector" in card
+    assert "library_name: hf-datavec" in card
+    assert "- task-vector" in card
     assert "BatchNorm running statistics are left out" in card
     assert "are **included**" in (study / "full" / "README.md").read_text()
 

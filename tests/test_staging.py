@@ -107,8 +107,7 @@ def test_what_stands_at_the_output_is_never_touched(kind, tmp_path):
 @pytest.mark.parametrize("filled", [True, False])
 def test_what_somebody_made_meanwhile_is_not_replaced(filled, tmp_path):
     output = tmp_path / "out"
-    with pytest.raises(InputError, match="already exists"), staged(output) as folder:
-        fill(folder)
+    with pytest.raises(InputError, match="already exists"), staged(output):
         fill(output) if filled else output.mkdir()
     assert names(tmp_path) == ["out"]
     assert names(output) == (["deep"] if filled else [])
