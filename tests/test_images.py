@@ -99,5 +99,5 @@ def test_missing_labels_are_counted(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LABELS))})
     rows = {"image": [str(path) for path in sorted((tmp_path / "images").rglob("*.png"))], "label": [0, -1, 2]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(InputError, match="1 of 3 images in .* have no label; the first is number 1"):
+    with pytest.raises(InputError, match=r"1 of 3 images in .* have no label; the first is number 1"):
         opened(tmp_path / "saved").label_rows(LABELS)
