@@ -19,6 +19,10 @@ TRANSFORMERS_HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 TIMM_HEADS = ("classifier", "fc", "head", "head.fc", "head_dist")
 
 
+# The kinds of the fields that are looked into here; a configuration comes from strangers.
+FIELD_KINDS = {"pretrained_cfg": dict, "model_args": dict, "id2label": dict, "label_names": list}
+
+
 class Role(StrEnum):
     """What a tensor is to a merge."""
 
@@ -77,12 +81,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        found = "a vector, not a model" if (folder / "datavec.json").exists() else "no model folder"
-        raise InputError(f"'{folder}' has no {CONFIG_FILE}: it is {found}") from None
+        if (folder / "datavec.json").exists():
+            problem = f"'{folder}' has no {CONFIG_FILE}: it is a vector, not a model"
+            raise InputError(problem, hint="write {vector: ...} for it") from None
+        if not folder.exists():
+            raise InputError(f"there is no folder '{folder}'") from None
+        raise InputError(f"'{folder}' has no {CONFIG_FILE}: it is no model folder") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read '{path}': {error}") from None
     if not isinstance(config, dict) or not ({"architecture", "architectures", "model_type"} & set(config)):
         raise InputError(f"'{path}' is not the configuration of a transformers or timm model")
+    for key, kind in FIELD_KINDS.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise InputError(f"'{path}': {key} is {type(config[key]).__name__}, expected {kind.__name__}")
     if "auto_map" in config:
         raise InputError(
             f"'{path}' asks to run code from its repo (auto_map)",
@@ -93,7 +104,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def head_names(config: Mapping[str, Any], tensors: Tensors) -> tuple[str, ...]:
     """The tensors of the last layer: those of the classifier module that have one row per label."""
-    named = config.get("pretrained_cfg", {}).get("classifier") if "pretrained_cfg" in config else None
+    named = (config.get("pretrained_cfg") or {}).get("classifier")
     if isinstance(named, str):
         modules: tuple[str, ...] = (named,)
     elif named:

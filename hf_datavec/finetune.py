@@ -66,7 +66,12 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
         compute_loss_func=_balanced_loss(rows, len(network.labels)) if settings.class_balanced else None,
     )
     _without_console(trainer)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except InputError:
+        if not _complete(folder):  # nothing to go on from: the next run, with other images, starts anew
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     if trainer.is_world_process_zero():
         network.module.save_pretrained(folder)
         _check_names(folder, base)
@@ -199,16 +204,20 @@ def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Set
     note = folder / "unfinished.json"
     if note.exists():
         before = json.loads(note.read_text("utf-8"))
-        if before != work:
+        if before != work and _complete(folder):
             output = folder.name.removeprefix(".").removesuffix(".partial")
             raise InputError(
                 f"an unfinished training of '{output}' had other settings, base or images",
                 hint=f"run it again as before to go on, or remove '{folder}' to start anew",
             )
     note.write_text(json.dumps(work), "utf-8")
+    return max(_complete(folder), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end."""
     found = (folder / "checkpoints").glob("checkpoint-*")
-    complete = [path for path in found if (path / "trainer_state.json").exists()]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return [path for path in found if (path / "trainer_state.json").exists()]
 
 
 def _check_names(folder: Path, base: Checkpoint) -> None:

@@ -13,6 +13,9 @@ from hf_datavec.errors import InputError
 LARGEST_FILE = 1_000_000
 MOST_NODES = 100_000
 
+# The only tags of mappings and sequences that carry no request to build something else.
+PLAIN = {"mapping": "map", "sequence": "seq"}
+
 KeyPath = tuple[str | int, ...]
 
 
@@ -116,6 +119,10 @@ def parse(text: str, name: str) -> Document:
     loader = YAML(typ="safe", pure=True)
     try:
         root = loader.compose(text)
+        reader = _Reader(name, lines, loader)
+        data = reader.convert(root, ()) if root is not None else None
+    except RecursionError:
+        raise InputError(f"{name}: values are nested too deeply, or an alias holds itself") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         span = Span(mark.line, mark.column, 1) if mark else Span(0, 0, 1)
@@ -123,8 +130,6 @@ def parse(text: str, name: str) -> Document:
         raise place.problem((), f"not valid YAML: {error.problem or error.context}") from None
     except YAMLError as error:
         raise InputError(f"{name}: not valid YAML: {error}") from None
-    reader = _Reader(name, lines, loader)
-    data = reader.convert(root, ()) if root is not None else None
     return Document(name, lines, data, reader.keys, reader.values, tuple(reader.problems))
 
 
@@ -143,6 +148,8 @@ class _Reader:
         if self.nodes > MOST_NODES:
             raise InputError(f"{self.name}: more than {MOST_NODES:,} values (aliases that multiply?)")
         self.values[path] = _span(node)
+        if node.id != "scalar" and str(node.tag) != f"tag:yaml.org,2002:{PLAIN[node.id]}":
+            return self._refuse_tag(node, path)
         if node.id == "mapping":
             return self._mapping(node, path)
         if node.id == "sequence":
@@ -165,15 +172,20 @@ class _Reader:
         return data
 
     def _scalar(self, node: Any, path: KeyPath) -> Any:
-        plain = ("str", "int", "float", "bool", "null")
-        kind = str(node.tag).rpartition(":")[2]
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
         if kind == "timestamp":  # an unquoted date, say a revision name: text is what was meant
             return str(node.value)
-        if kind not in plain:
-            message = f"tag '{node.tag}' is not allowed here; plain values only"
-            self.problems.append(self._document().problem(path, message))
+        if kind not in ("str", "int", "float", "bool", "null"):
+            return self._refuse_tag(node, path)
+        try:
+            return self.loader.constructor.construct_object(node)
+        except (ValueError, KeyError):  # `!!int abc`, or a number of thousands of digits
+            self.problems.append(self._document().problem(path, f"cannot be read as {kind}"))
             return None
-        return self.loader.constructor.construct_object(node)
+
+    def _refuse_tag(self, node: Any, path: KeyPath) -> None:
+        message = f"tag '{node.tag}' is not allowed here; plain values only"
+        self.problems.append(self._document().problem(path, message))
 
     def _document(self) -> Document:
         return Document(self.name, self.lines, None, self.keys, self.values)

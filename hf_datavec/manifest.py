@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_datavec.checkpoint import Role
-from hf_datavec.errors import InputError
+from hf_datavec.errors import InputError, listed
 
 MANIFEST_FILE = "datavec.json"
 VECTOR_FILE = "vector.safetensors"
@@ -77,16 +77,25 @@ def read(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read '{path}': {error}") from None
     try:
-        return Manifest.model_validate_json(text)
+        _refuse_newer(path, text)
+        found = Manifest.model_validate_json(text)
     except ValidationError as error:
-        newer = _format_of(text)
-        if newer is not None and newer > FORMAT:
-            raise InputError(
-                f"'{path}' has format {newer}, this version reads {FORMAT}", hint="upgrade hf-datavec"
-            ) from None
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise InputError(f"'{path}' is damaged: {place}: {first['msg']}") from None
+    repeated = {label for label in found.labels if found.labels.count(label) > 1}
+    if repeated:
+        raise InputError(
+            f"'{path}' names a label twice: {listed(repeated)}", hint="make the vector again with `hf-datavec diff`"
+        )
+    return found
+
+
+def _refuse_newer(path: Path, text: str) -> None:
+    # Looked at first: a newer format may mean something else by the same fields.
+    newer = _format_of(text)
+    if newer is not None and newer > FORMAT:
+        raise InputError(f"'{path}' has format {newer}, this version reads {FORMAT}", hint="upgrade hf-datavec")
 
 
 def _format_of(text: str) -> int | None:

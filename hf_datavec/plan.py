@@ -156,7 +156,8 @@ def _method_errors(merge: Merge, contributions: list[Contribution]) -> Iterator[
             hint = "use method: linear, or leave the weights out"
             yield InputError(f"the method '{name}' ignores weights, but they differ ({given})", hint=hint)
         if method.uses_weights and abs(sum(weights)) < 1e-12 * sum(map(abs, weights)) + 1e-300:
-            yield InputError(f"the weights for the method '{name}' sum to zero, so there is no average")
+            problem = f"the weights for the method '{name}' sum to zero, so there is no average"
+            yield InputError(problem, hint="change a weight, or use options: {normalize: false}")
 
 
 def _restoration_errors(

@@ -57,11 +57,14 @@ def staged(output: Path, *, keep_unfinished: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(path: Path, output: Path) -> Iterator[None]:
     # The kernel drops the lock when the process dies, so a killed run never blocks the next one.
+    busy = RunError(f"another run is writing '{output}' right now", hint="wait for it to end")
     with open(path, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"another run is writing '{output}' right now", hint="wait for it to end") from None
+            if os.fstat(handle.fileno()).st_ino != os.stat(path).st_ino:
+                raise busy  # a run that just ended removed the file that we locked; another may hold its successor
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
         try:
             yield
         finally:

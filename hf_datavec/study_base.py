@@ -23,7 +23,7 @@ def write(folder: Path, pretrained: Checkpoint, labels: tuple[str, ...], *, imag
 
     Raises: InputError for labels that repeat, and for an image size that the network cannot change to.
     """
-    _refuse_labels(labels)
+    refuse_labels(labels)
     layout = [
         Record(name, record.dtype, _shape(pretrained, name, labels), record.file, 0)
         for name, record in pretrained.records.items()
@@ -38,7 +38,8 @@ def write(folder: Path, pretrained: Checkpoint, labels: tuple[str, ...], *, imag
         (folder / PREPROCESSOR_FILE).write_text(json.dumps(preprocessor, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _refuse_labels(labels: tuple[str, ...]) -> None:
+def refuse_labels(labels: tuple[str, ...]) -> None:
+    """Raise InputError for labels that repeat, are empty, or are fewer than two."""
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise InputError(f"--labels names {listed(repeated)} twice")
@@ -62,7 +63,12 @@ def _preprocessor(pretrained: Checkpoint) -> dict[str, Any] | None:
     path = pretrained.folder / PREPROCESSOR_FILE
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"'{path}' is not the JSON of an image processor", hint="copy the model again")
     return found
 
 

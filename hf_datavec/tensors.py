@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from blake3 import blake3
 
 from hf_datavec.errors import InputError, RunError, listed
 
@@ -87,7 +88,7 @@ class StoredTensors:
 
     @cached_property
     def digest(self) -> str:
-        """The content digest: SHA-256 over names, types, shapes and bytes in the order of the names.
+        """The content digest: BLAKE3 over names, types, shapes and bytes in the order of the names.
 
         It does not depend on how tensors are spread over files, nor on a file's metadata.
         """
@@ -97,20 +98,20 @@ class StoredTensors:
 
 
 def combined_digest(parts: Iterable[tuple[Record, str]]) -> str:
-    """The content digest of tensors whose own SHA-256 are known."""
-    whole = hashlib.sha256()
+    """The content digest of tensors whose own hashes are known."""
+    whole = blake3()
     for record, tensor_hash in sorted(parts, key=lambda part: part[0].name):
         shape = "x".join(map(str, record.shape))
         whole.update(f"{record.name}\0{record.dtype}\0{shape}\0{tensor_hash}\n".encode())
-    return f"sha256:{whole.hexdigest()}"
+    return f"blake3:{whole.hexdigest()}"
 
 
 def _hash(record: Record) -> str:
     if not record.nbytes:
-        return hashlib.sha256().hexdigest()
+        return blake3().hexdigest()
     with open(record.file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
         with memoryview(view) as whole, whole[record.start : record.start + record.nbytes] as part:
-            return hashlib.sha256(part).hexdigest()
+            return blake3(part).hexdigest()
 
 
 def open_file(path: Path) -> StoredTensors:
@@ -144,12 +145,12 @@ def open_folder(folder: Path) -> StoredTensors:
 def _open_shards(folder: Path, index: Path) -> StoredTensors:
     try:
         shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = sorted(set(shard_of.values()))
+        shards = sorted(set(shard_of.values()), key=str)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"'{index}' is not a safetensors index: {error!r}") from None
     records: dict[str, Record] = {}
     for shard in shards:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise InputError(f"'{index}' names the file '{shard}', expected a .safetensors file beside it")
         found = _read_header(folder / shard)
         strange = {name for name in found if shard_of.get(name) != shard}
@@ -203,7 +204,7 @@ def _check_names(path: Path, header: Mapping[str, Any]) -> None:
 def write_file(
     path: Path, layout: Iterable[Record], stream: Iterable[tuple[str, torch.Tensor]]
 ) -> list[tuple[Record, str]]:
-    """Write tensors to `path` as they come, and return each record with the SHA-256 of its bytes.
+    """Write tensors to `path` as they come, and return each record with the hash of its bytes.
 
     `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`.
     At no time is more than one tensor held.
@@ -220,7 +221,7 @@ def write_file(
                 content = _bytes_of(tensor, record)
                 handle.write(content)
                 placed = Record(name, record.dtype, record.shape, path, start)
-                written.append((placed, hashlib.sha256(content).hexdigest()))
+                written.append((placed, blake3(content).hexdigest()))
                 start += record.nbytes
     except OSError as error:
         raise RunError(f"cannot write '{path}': {error.strerror}") from None
@@ -251,7 +252,8 @@ def _bytes_of(tensor: torch.Tensor, record: Record) -> memoryview:
     import torch
 
     expected = TORCH_NAMES.get(record.dtype)
-    if tuple(tensor.shape) != record.shape or (expected and tensor.dtype != getattr(torch, expected)):
+    wrong_type = tensor.dtype != getattr(torch, expected) if expected else tensor.nbytes != record.nbytes
+    if tuple(tensor.shape) != record.shape or wrong_type:
         raise ValueError(f"tensor '{record.name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {record}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     content: memoryview = flat.view(torch.uint8).numpy().data

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Vectors travel in float32 whatever the base's type: differences of half-precision weights need the bits.
 VECTOR_DTYPE = "F32"
+AGAIN = "make the vector again with `hf-datavec diff`"
 
 
 class Differences(Protocol):
@@ -173,14 +174,14 @@ def open_vector(folder: Path) -> TaskVector:
     missing, extra = set(stored) - set(tensors.records), set(tensors.records) - set(stored)
     file = folder / VECTOR_FILE
     if missing:
-        errors.append(InputError(f"'{file}' lacks tensors that its manifest lists: {listed(missing)}"))
+        errors.append(InputError(f"'{file}' lacks tensors that its manifest lists: {listed(missing)}", hint=AGAIN))
     if extra:
-        errors.append(InputError(f"'{file}' has tensors that its manifest does not list: {listed(extra)}"))
+        errors.append(InputError(f"'{file}' has tensors that its manifest does not list: {listed(extra)}", hint=AGAIN))
     for name in sorted(set(stored) & set(tensors.records)):
         record = tensors.records[name]
         if record.dtype != VECTOR_DTYPE:
             problem = f"'{file}': tensor '{name}' has type {record.dtype}, expected {VECTOR_DTYPE}"
-            errors.append(InputError(problem, hint="make the vector again with `hf-datavec diff`"))
+            errors.append(InputError(problem, hint=AGAIN))
         elif record.shape != stored[name].shape:
             expected = list(stored[name].shape)
             errors.append(

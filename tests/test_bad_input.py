@@ -132,7 +132,7 @@ def test_a_misspelt_option_is_shown_at_its_place_with_the_known_one_that_is_near
         output: ./fused
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:9:5: merge.options: unknown key 'normalise'
+        recipe.yaml:9:5: merge.options: unknown key 'normalise'
           9 |     normalise: false
             |     ^^^^^^^^^
           hint: did you mean 'normalize'?
@@ -146,7 +146,7 @@ def test_a_misspelt_section_is_shown_at_its_place(refused, study):
         recalibrat: {images: ./images}
         """)  # fmt: skip
     assert refused("plan", recipe) == said("""
-        error: recipe.yaml:3:1: unknown key 'recalibrat'
+        recipe.yaml:3:1: unknown key 'recalibrat'
           3 | recalibrat: {images: ./images}
             | ^^^^^^^^^^
           hint: did you mean 'recalibrate'?
@@ -156,7 +156,7 @@ def test_a_misspelt_section_is_shown_at_its_place(refused, study):
 def test_a_word_near_to_no_key_gets_the_list_of_all(refused, study):
     recipe = write_recipe(study / "recipe.yaml", **GOOD, zzz=1)
     assert refused("plan", recipe) == said("""
-        error: recipe.yaml:8:3: unknown key 'zzz'
+        recipe.yaml:8:3: unknown key 'zzz'
           8 |   "zzz": 1
             |   ^^^^^
           hint: known: base, dtype, evaluate, lock, merge, output, push, recalibrate, vectors
@@ -172,7 +172,7 @@ def test_a_duplicate_key_names_the_line_of_the_first(refused, study):
           scale: 2.0
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:5:3: merge: duplicate key 'scale', first given in line 4
+        recipe.yaml:5:3: merge: duplicate key 'scale', first given in line 4
           5 |   scale: 2.0
             |   ^^^^^
         """)
@@ -185,7 +185,7 @@ def test_a_wrong_type_is_shown_with_what_was_expected(refused, study):
         merge: {scale: "2"}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:16: merge.scale: expected a number, found '2'
+        recipe.yaml:3:16: merge.scale: expected a number, found '2'
           3 | merge: {scale: "2"}
             |                ^^^
         """)
@@ -205,7 +205,7 @@ def test_all_errors_are_told_at_once_in_the_order_of_their_lines(refused, study)
         dtype: int8
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:1:7: base: expected text, found 5
+        recipe.yaml:1:7: base: expected text, found 5
           1 | base: 5
             |       ^
         recipe.yaml:2:30: vectors[0]: unknown key 'weigth'
@@ -241,7 +241,7 @@ def test_an_option_of_the_wrong_kind_is_shown_at_its_value(refused, study):
         merge: {method: linear, options: {normalize: 1}}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:46: merge.options.normalize: expected true or false, found 1
+        recipe.yaml:3:46: merge.options.normalize: expected true or false, found 1
           3 | merge: {method: linear, options: {normalize: 1}}
             |                                              ^
         """)
@@ -254,7 +254,7 @@ def test_a_number_out_of_range_is_shown_with_its_range(refused, study):
         recalibrate: {images: ./images, batch_size: 0}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:45: recalibrate.batch_size: expected a number of at least 1, found 0
+        recipe.yaml:3:45: recalibrate.batch_size: expected a number of at least 1, found 0
           3 | recalibrate: {images: ./images, batch_size: 0}
             |                                             ^
         """)
@@ -267,7 +267,7 @@ def test_an_option_of_another_method_is_unknown(refused, study):
         merge: {method: mean, options: {normalize: true}}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:33: merge.options: unknown key 'normalize'
+        recipe.yaml:3:33: merge.options: unknown key 'normalize'
           3 | merge: {method: mean, options: {normalize: true}}
             |                                 ^^^^^^^^^
           hint: the method 'mean' has no options
@@ -282,7 +282,7 @@ def test_an_unknown_method_is_refused_with_the_near_one(refused, study):
           overrides: [{tensors: "fc.*", method: liner}]
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:4:41: merge.overrides[0].method: there is no merge method 'liner'
+        recipe.yaml:4:41: merge.overrides[0].method: there is no merge method 'liner'
           4 |   overrides: [{tensors: "fc.*", method: liner}]
             |                                         ^^^^^
           hint: did you mean 'linear'?
@@ -294,7 +294,7 @@ def test_a_missing_section_is_named(refused, study):
         vectors: [./site-a]
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:1:1: 'base:' is missing
+        recipe.yaml:1:1: 'base:' is missing
           1 | vectors: [./site-a]
             | ^
         """)
@@ -316,7 +316,7 @@ def test_a_weight_beside_example_weights_is_a_contradiction(refused, study):
         merge: {method: linear, weights: examples}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:32: vectors[0].weight: a weight is given although merge.weights is 'examples'; keep one of the two
+        recipe.yaml:3:32: vectors[0].weight: a weight is given although merge.weights is 'examples'; keep one of the two
           3 |   - {vector: ./site-a, weight: 2}
             |                                ^
         """)
@@ -329,7 +329,7 @@ def test_statistics_without_images_say_what_to_name(refused, study):
         recalibrate: {mode: statistics}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:1: recalibrate: mode 'statistics' needs 'images:'
+        recipe.yaml:3:1: recalibrate: mode 'statistics' needs 'images:'
           3 | recalibrate: {mode: statistics}
             | ^^^^^^^^^^^
           hint: name a folder or data set of public images, or use mode: moments or none
@@ -343,7 +343,7 @@ def test_an_override_that_is_no_regular_expression_is_shown_at_its_place(refused
         merge: {overrides: [{tensors: "fc("}]}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        error: recipe.yaml:3:31: merge.overrides[0].tensors: not a regular expression: missing ), unterminated subpattern at position 2
+        recipe.yaml:3:31: merge.overrides[0].tensors: not a regular expression: missing ), unterminated subpattern at position 2
           3 | merge: {overrides: [{tensors: "fc("}]}
             |                               ^^^^^
         """)
@@ -390,7 +390,7 @@ def test_every_missing_vector_is_named(refused, study):
     recipe = write_recipe(study / "recipe.yaml", base="./base", vectors=["./site-c", "./site-a", "./site-d"])
     assert refused("merge", recipe) == said("""
         error: there is no folder 'TMP/site-c'
-        there is no folder 'TMP/site-d'
+        error: there is no folder 'TMP/site-d'
         """)
 
 
@@ -443,7 +443,7 @@ def test_a_base_that_changed_after_the_vectors_were_made_is_refused(refused, stu
     assert refused("merge", "recipe.yaml").replace(before, "BEFORE").replace(after, "AFTER") == said("""
         error: the base 'base' has changed since the vector 'TMP/site-a' was made: digest BEFORE, expected AFTER
           hint: use the base as it was (pin its revision), or make the vector again from this one
-        the base 'base' has changed since the vector 'TMP/site-b' was made: digest BEFORE, expected AFTER
+        error: the base 'base' has changed since the vector 'TMP/site-b' was made: digest BEFORE, expected AFTER
           hint: use the base as it was (pin its revision), or make the vector again from this one
         """)
 
@@ -452,9 +452,11 @@ def test_a_vector_given_as_a_model_is_told_apart(refused, study):
     recipe = write_recipe(study / "recipe.yaml", **{**GOOD, "vectors": [{"model": "./site-a"}]})
     assert refused("merge", recipe) == said("""
         error: 'TMP/site-a' has no config.json: it is a vector, not a model
+          hint: write {vector: ...} for it
         """)
     assert refused("diff", "base", "site-a", "-o", "new") == said("""
         error: 'site-a' has no config.json: it is a vector, not a model
+          hint: write {vector: ...} for it
         """)
 
 
@@ -462,6 +464,7 @@ def test_a_vector_given_as_the_base_is_told_apart(refused, study):
     recipe = write_recipe(study / "recipe.yaml", **{**GOOD, "base": "./site-a"})
     assert refused("merge", recipe) == said("""
         error: 'TMP/site-a' has no config.json: it is a vector, not a model
+          hint: write {vector: ...} for it
         """)
 
 
@@ -486,6 +489,7 @@ def test_weights_that_sum_to_zero_have_no_average(refused, study):
     recipe = write_recipe(study / "recipe.yaml", **{**GOOD, "vectors": vectors}, merge={"method": "linear"})
     assert refused("merge", recipe) == said("""
         error: the weights for the method 'linear' sum to zero, so there is no average
+          hint: change a weight, or use options: {normalize: false}
         """)
 
 
@@ -494,7 +498,7 @@ def test_example_weights_need_every_site_to_declare_its_counts(refused, study):
     assert refused("merge", recipe) == said("""
         error: merge.weights is 'examples', but 'site-a' declares no example counts
           hint: the site can add them with `hf-datavec diff --share-counts`; or give each vector a weight
-        merge.weights is 'examples', but 'site-b' declares no example counts
+        error: merge.weights is 'examples', but 'site-b' declares no example counts
           hint: the site can add them with `hf-datavec diff --share-counts`; or give each vector a weight
         """)
 
@@ -504,7 +508,7 @@ def test_moments_need_statistics_in_every_vector(refused, study):
     assert refused("merge", recipe) == said("""
         error: mode 'moments' needs BatchNorm statistics, but the vector 'site-a' has none
           hint: the site can make one with `hf-datavec diff --with-statistics`; or use mode: statistics
-        mode 'moments' needs BatchNorm statistics, but the vector 'site-b' has none
+        error: mode 'moments' needs BatchNorm statistics, but the vector 'site-b' has none
           hint: the site can make one with `hf-datavec diff --with-statistics`; or use mode: statistics
         """)
 
@@ -534,6 +538,7 @@ def test_a_tensor_missing_from_the_vectors_file_is_named(refused, study):
     rewrite_vector(study / "site-a", {"fc.bias": None})
     assert refused("merge", "recipe.yaml") == said("""
         error: 'TMP/site-a/vector.safetensors' lacks tensors that its manifest lists: 'fc.bias'
+          hint: make the vector again with `hf-datavec diff`
         """)
 
 
@@ -548,6 +553,7 @@ def test_an_extra_tensor_in_the_vectors_file_is_named(refused, study):
     rewrite_vector(study / "site-a", {"fc.extra": torch.zeros(2)})
     assert refused("merge", "recipe.yaml") == said("""
         error: 'TMP/site-a/vector.safetensors' has tensors that its manifest does not list: 'fc.extra'
+          hint: make the vector again with `hf-datavec diff`
         """)
 
 
@@ -772,7 +778,7 @@ def test_a_tuned_model_of_other_shapes_is_refused_with_all_of_them(refused, stud
     rewrite_model(study / "tuned-site-a", {"conv1.0.weight": torch.zeros(1, 1), "fc.bias": torch.zeros(5)})
     assert refused("diff", "base", "tuned-site-a", "-o", "new") == said("""
         error: 'tuned-site-a': tensor 'conv1.0.weight' has shape [1, 1], expected [16, 3, 3, 3]
-        'tuned-site-a': tensor 'fc.bias' has shape [5], expected [3]
+        error: 'tuned-site-a': tensor 'fc.bias' has shape [5], expected [3]
           hint: name the rows of its head with --labels
         """)
 
@@ -844,7 +850,7 @@ def test_fewer_labels_than_rows_of_the_tuned_head_are_refused(refused):
     assert refused("diff", "base", "tuned-site-a", "--labels", "cat,owl", "-o", "new") == said("""
         error: 'tuned-site-a': tensor 'fc.bias' has shape [3], expected [2]
           hint: name the rows of its head with --labels
-        'tuned-site-a': tensor 'fc.weight' has shape [3, 96], expected [2, 96]
+        error: 'tuned-site-a': tensor 'fc.weight' has shape [3, 96], expected [2, 96]
           hint: name the rows of its head with --labels
         """)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from hf_datavec.errors import InputError, RunError
@@ -240,14 +241,13 @@ def test_the_digest_changes_with(change: Callable[[dict[str, torch.Tensor]], Non
 
 
 def test_the_digest_is_the_one_that_is_documented(tmp_path):
-    import hashlib
 
     tensors = {"b.weight": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3, dtype=torch.int64)}
     lines = b""
     for name, dtype, shape in (("a", "I64", ""), ("b.weight", "F32", "2x3")):
-        inner = hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
+        inner = blake3(tensors[name].numpy().tobytes()).hexdigest()
         lines += f"{name}\0{dtype}\0{shape}\0{inner}\n".encode()
-    assert digest_of(tmp_path / "m", tensors) == f"sha256:{hashlib.sha256(lines).hexdigest()}"
+    assert digest_of(tmp_path / "m", tensors) == f"blake3:{blake3(lines).hexdigest()}"
 
 
 # Overwriting

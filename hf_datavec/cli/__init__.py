@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except DatavecError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write("".join(f"{_told(one)}\n" for one in (getattr(error, "errors", None) or (error,))))
         return error.exit_code
     except BrokenPipeError:  # `hf-datavec methods | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing half written was left in place\n")
         return 130
+
+
+def _told(error: DatavecError) -> str:
+    # An error in a file begins with its place, as compilers have it, so that editors can jump there.
+    return str(error) if hasattr(error, "place") else f"error: {error}"
 
 
 def _prepare() -> None:

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
         description="Fuse what sites learned from images they may not share: task vectors, merged by recipe.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"hf-datavec {__version__}")
     actions = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def _command(
     actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str
 ) -> argparse.ArgumentParser:
-    found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
     found.set_defaults(run=getattr(commands, name))
     return found
 
@@ -67,7 +68,9 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train.add_argument(
         "--learning-rate", "--lr", type=_above_zero, default=3e-4, help="AdamW's peak rate (default: %(default)g)"
     )
-    train.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's weight decay (default: %(default)g)")
+    train.add_argument(
+        "--weight-decay", type=_not_negative, default=0.01, help="AdamW's weight decay (default: %(default)g)"
+    )
     train.add_argument(
         "--warmup", type=_share, default=0.1, help="share of the steps until the peak rate (default: %(default)g)"
     )
@@ -155,22 +158,38 @@ def _device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 
 
+def _number(text: str) -> float:
+    # What is no number fails every range, so that the message says what was expected.
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    return value if abs(value) < float("inf") else -1.0
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    value = _number(text)
+    if value < 1 or value != int(value):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+    return int(value)
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 
 
+def _not_negative(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+    return value
+
+
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to below 1, got {text}")
     return value

@@ -5,6 +5,7 @@ vectors average to exactly one of them.
 """
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_datavec.methods import method
@@ -13,16 +14,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _weighted_sum(vectors: "Tensor", weights: "Sequence[float]") -> "Tensor":
+    # Site by site: torch's own sum picks its order by size and processor, and a slice must give the same bits.
+    total = vectors[0].double() * weights[0]
+    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+        total.add_(vector, alpha=weight)
+    return total
+
+
 @method("sum", formula="sum_j tau_j", source="arXiv 2408.13038; arXiv 2212.04089, eq. 2", uses_weights=False)
 def add(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The sum of all vectors, the paper's rule; the recipe's `scale` is its lambda."""
-    return vectors.double().sum(0)
+    return _weighted_sum(vectors, [1.0] * len(vectors))
 
 
 @method("mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False)
 def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The average of all vectors, each counted alike."""
-    return vectors.double().sum(0) / len(vectors)
+    return _weighted_sum(vectors, [1.0] * len(vectors)) / len(vectors)
 
 
 @method(
@@ -33,5 +42,5 @@ def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 )
 def linear(vectors: "Tensor", weights: "Tensor", *, normalize: bool = True) -> "Tensor":
     """The weighted average; `normalize: false` leaves out the division, a weighted sum."""
-    total = (vectors.double() * weights.double().unsqueeze(1)).sum(0)
-    return total / weights.double().sum() if normalize else total
+    total = _weighted_sum(vectors, weights.tolist())
+    return total / sum(weights.tolist()) if normalize else total

@@ -13,7 +13,7 @@ from hf_datavec import evaluate as evaluation
 from hf_datavec import hub, models, recalibrate, report, study_base, tensors
 from hf_datavec import merge as fusing
 from hf_datavec.card import Fusion, fused_card
-from hf_datavec.errors import InputError
+from hf_datavec.errors import InputError, RunError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet, open_images
@@ -66,6 +66,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     with staged(output) as folder:
         digest = _write_weights(prepared.plan, folder, place, gram)
         study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels)
+        _check(prepared.plan, folder)
         restoration, digest = _restore(prepared.plan, folder, public, place, digest)
         measured = _measure(prepared.recipe, folder, test, place)
         content = prepared.path.read_text("utf-8")
@@ -113,6 +114,18 @@ def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Recor
     (folder / tensors.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
+def _check(plan: Plan, folder: Path) -> None:
+    """Hold what was written against the base, and load it where the head has changed. Raises: RunError."""
+    written = tensors.open_folder(folder).records
+    planned = {step.name: step.record for step in plan.steps}
+    for name in sorted(set(written) | set(planned)):
+        found, wanted = written.get(name), planned.get(name)
+        if found is None or wanted is None or (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+            raise RunError(f"the result's tensor '{name}' is not as planned, and nothing was kept")
+    if plan.labels != plan.base.labels:
+        models.refuse_unloadable(folder)
+
+
 def _restore(plan: Plan, folder: Path, public: ImageSet | None, device: torch.device, digest: str) -> tuple[str, str]:
     """Restore BatchNorm statistics in the written folder; returns a sentence and the new content digest."""
     wanted = plan.recipe.recalibrate
@@ -153,9 +166,8 @@ def _measure_statistics(network: models.Network, public: ImageSet, count: int, b
 
 
 def _measure(recipe: Recipe, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:
-    """The metrics of the written model; it is loaded as its users will, whether there are test images or not."""
+    """The metrics of the written model, loaded as its users will load it."""
     if images is None or recipe.evaluate is None:
-        models.refuse_unloadable(folder)
         return None
     network = models.load(folder, device=device)
     return evaluation.evaluate_network(network, images, batch_size=recipe.evaluate.batch_size)

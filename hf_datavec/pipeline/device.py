@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal
 
 from hf_datavec.errors import InputError
@@ -15,10 +16,14 @@ Device = Literal["auto", "cpu", "cuda"]
 def choose(device: Device) -> torch.device:
     """The device of this process. Raises: InputError for `cuda` on a machine without a usable GPU."""
     import torch
-    from accelerate import PartialState
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU on this machine", hint="use --device auto or cpu")
+    if device == "auto" and not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device("cpu")  # what Accelerate would say, without the second that its import takes
+
+    from accelerate import PartialState
+
     if device == "cpu":
         PartialState(cpu=True)  # remembered for the whole process, Trainer included
         return torch.device("cpu")

@@ -71,6 +71,8 @@ def diff(
     Raises: InputError when the tuned network does not fit the base, or is not finite.
     """
     refuse_existing(output)
+    if labels is not None:
+        study_base.refuse_labels(labels)
     fetched = hub.fetch(hub.parse(base))
     checkpoint = open_checkpoint(fetched.folder)
     place = Path(tuned).expanduser()

@@ -26,7 +26,11 @@ from hf_datavec.recipe.sections import (
 
 def told(document: Document, found: Any) -> LocatedError:
     """A pydantic error in our words, at its place in the file."""
-    path = tuple(part for part in found["loc"] if not str(part).startswith("<"))
+    path = tuple(
+        part
+        for part in found["loc"]
+        if not (found["loc"][0] == "vectors" and part in ("<text>", "<model>", "<vector>"))
+    )
     kind, value = found["type"], found.get("input")
     if kind == "extra_forbidden":
         return _unknown_key(document, path, _known_keys(path[:-1], value_at(document.data, path[:-1])))
@@ -67,7 +71,8 @@ def _expectation(found: Any) -> str:
 
 def _shown(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", type(None): "nothing", bool: str(value).lower()}
-    return names.get(type(value), repr(value)) if value != [] else "an empty list"
+    text = names.get(type(value), repr(value)) if value != [] else "an empty list"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def value_at(data: Any, path: KeyPath) -> Any:
