@@ -118,8 +118,8 @@ Labels: {", ".join(plan.labels)}
 {_evaluation_text(fusion.evaluation)}
 ## How it was made
 
-{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. `recipe.lock.yaml` pins every input by digest;
-`hf-datavec merge recipe.lock.yaml` makes the same bytes again.
+{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. `recipe.lock.yaml` pins base, vectors and calibration
+images by digest; with them at hand, `hf-datavec merge recipe.lock.yaml -o again` makes the same weights again.
 
 ```yaml
 {fusion.recipe.strip()}

@@ -15,7 +15,10 @@ from hf_datavec.tensors import FLOATS, Record, StoredTensors, Tensors, open_fold
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 # Module names under which image classifiers of transformers and timm keep their last layer.
-TRANSFORMERS_HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+TRANSFORMERS_HEADS = (
+    "classifier", "cls_classifier", "distillation_classifier", "classifier_distill",
+    "head", "dist_head", "fc", "score",
+)  # fmt: skip
 TIMM_HEADS = ("classifier", "fc", "head", "head.fc", "head_dist")
 
 
@@ -50,6 +53,11 @@ class Checkpoint:
     def named(self, *roles: Role) -> tuple[str, ...]:
         """The names of the tensors that have one of the roles, sorted."""
         return tuple(name for name in sorted(self.records) if self.roles[name] in roles)
+
+    def shape_with(self, name: str, labels: tuple[str, ...]) -> tuple[int, ...]:
+        """The shape that a tensor has when the head has these labels."""
+        shape = self.records[name].shape
+        return (len(labels), *shape[1:]) if self.roles[name] is Role.HEAD else shape
 
     @property
     def has_statistics(self) -> bool:

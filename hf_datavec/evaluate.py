@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec import metrics
+from hf_datavec.errors import RunError
 from hf_datavec.metrics import Estimate
 from hf_datavec.progress import progress
 
@@ -27,6 +29,10 @@ class Predictions:
     references: NDArray[np.int64]
 
 
+def _without_nan(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in pairs}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The metrics of one network on one set of images."""
@@ -37,8 +43,8 @@ class Evaluation:
     examples: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON."""
-        return asdict(self)
+        """The same as plain data for JSON; a metric that is not defined is null."""
+        return asdict(self, dict_factory=_without_nan)
 
 
 def predict(network: Network, images: ImageSet, *, batch_size: int = 64) -> Predictions:
@@ -68,6 +74,11 @@ def _probabilities(
     for start in progress(starts, text="evaluate", total=len(starts), unit="batch"):
         with torch.no_grad():
             logits = network.logits(images.tensors(network.preprocess, indices[start : start + batch_size]))
+        if not bool(torch.isfinite(logits).all()):
+            raise RunError(
+                "the network gives NaN or infinite values",
+                hint="its weights or BatchNorm statistics are broken: a smaller scale, or recalibration, may help",
+            )
         yield torch.softmax(logits.double(), dim=1).cpu().numpy()
 
 
@@ -110,4 +121,4 @@ def _metric() -> Any:
 
 def evaluate_network(network: Network, images: ImageSet, *, batch_size: int = 64) -> Evaluation:
     """Predict and score in one go. Raises as `predict`."""
-    return score(predict(network, images, batch_size=batch_size), images.text)
+    return score(predict(network, images, batch_size=batch_size), images.fetched.reference.identity)

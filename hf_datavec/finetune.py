@@ -60,10 +60,11 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     _freeze(network, base, settings.freeze)
     trainer = Trainer(
         model=network.module,
-        args=_arguments(settings, folder / "checkpoints", network.module.device.type),
+        args=_arguments(settings, folder / "checkpoints", network, len(rows)),
         train_dataset=_examples(network, images, rows),
         data_collator=_collate,
-        compute_loss_func=_balanced_loss(rows, len(network.labels)) if settings.class_balanced else None,
+        # Given even when plain, since a network with a teacher's head computes no loss of its own.
+        compute_loss_func=_cross_entropy(rows, len(network.labels), balanced=settings.class_balanced),
     )
     _without_console(trainer)
     try:
@@ -72,16 +73,32 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
         if not _complete(folder):  # nothing to go on from: the next run, with other images, starts anew
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if trainer.is_world_process_zero():
-        network.module.save_pretrained(folder)
-        _check_names(folder, base)
-        _record(folder, settings, examples)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    _refuse_diverged(network, folder)
+    network.module.save_pretrained(folder)
+    _check_names(folder, base)
+    _record(folder, settings, examples)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return examples
 
 
-def _arguments(settings: Settings, folder: Path, device: str) -> Any:
+def _refuse_diverged(network: Network, folder: Path) -> None:
+    import torch
+
+    broken = [name for name, value in network.module.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"the training diverged: '{_file_name(broken[0])}' and {len(broken) - 1} other tensors are not finite",
+            hint="use a lower learning rate",
+        )
+
+
+def _arguments(settings: Settings, folder: Path, network: Network, images: int) -> Any:
     from transformers import TrainingArguments
+
+    device = network.module.device.type
+    # A batch of one has no variance for BatchNorm to divide by.
+    alone = images % settings.batch_size == 1 and images > 1 and bool(normalization_layers(network.module))
 
     return TrainingArguments(
         output_dir=str(folder),
@@ -98,6 +115,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> Any:
         logging_strategy="no",
         report_to=[],
         remove_unused_columns=False,
+        dataloader_drop_last=alone,
         dataloader_pin_memory=device == "cuda",
         use_cpu=device == "cpu",
         disable_tqdm=not wanted(),
@@ -138,13 +156,14 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _balanced_loss(rows: list[int], labels: int) -> Callable[..., torch.Tensor]:
-    """Cross-entropy in which every class present weighs alike: n / (classes * count), as scikit-learn's 'balanced'."""
+def _cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Callable[..., torch.Tensor]:
+    """The loss; `balanced` lets every class present weigh alike, n / (classes * count), as in scikit-learn."""
     import torch
 
     counts = torch.bincount(torch.tensor(rows), minlength=labels).double()
     present = int((counts > 0).sum())
-    weights = torch.where(counts > 0, len(rows) / (present * counts.clamp(min=1)), torch.zeros(())).float()
+    even = torch.where(counts > 0, len(rows) / (present * counts.clamp(min=1)), torch.zeros(())).float()
+    weights = even if balanced else torch.ones(labels)
 
     def loss(outputs: Any, targets: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         each = torch.nn.functional.cross_entropy(
@@ -200,10 +219,14 @@ def _without_console(trainer: Any) -> None:
 def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Settings) -> Path | None:
     """The last checkpoint of an unfinished run of the same work, after writing down what this run does."""
     # In JSON's own types, so that what is read back compares equal.
-    work = json.loads(json.dumps({"settings": asdict(settings), "base": base.tensors.digest, "images": len(images)}))
+    described = {"settings": asdict(settings), "base": base.tensors.digest, "images": images.digest}
+    work = json.loads(json.dumps({**described, "labels": images.labels}))
     note = folder / "unfinished.json"
     if note.exists():
-        before = json.loads(note.read_text("utf-8"))
+        try:
+            before = json.loads(note.read_text("utf-8"))
+        except ValueError:
+            before = None  # killed while it was written: nothing was trained yet
         if before != work and _complete(folder):
             output = folder.name.removeprefix(".").removesuffix(".partial")
             raise InputError(

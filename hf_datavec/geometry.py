@@ -25,7 +25,8 @@ class Gram:
 
     def add(self, vectors: torch.Tensor) -> None:
         """Count one slice, shape (n, d)."""
-        products = (vectors @ vectors.T).double()
+        wide = vectors.double()  # a value of 1e25 is no reason for an infinite norm
+        products = wide @ wide.T
         self._products = products if self._products is None else self._products + products
 
     def geometry(self) -> Geometry:

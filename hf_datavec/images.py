@@ -23,6 +23,8 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
 # What a data set repo may give us: pictures and tables, no code.
 DATA_FILES = ("*.parquet", "*.arrow", "*.jpg", "*.jpeg", "*.png", "*.bmp", "*.tif", "*.tiff", "*.webp",
               "*.zip", "*.tar", "*.csv", "*.jsonl", "*.json", "*.md")  # fmt: skip
+TABLES = (".parquet", ".arrow", ".csv", ".jsonl", ".tar", ".zip", ".h5", ".hdf5")
+SPLITS = {"train", "validation", "val", "valid", "dev", "test"}
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -55,9 +57,12 @@ class ImageSet:
         try:
             source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
             with Image.open(source) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).split(" <")[0].split(" '")[0]
+                return _eight_bit(ImageOps.exif_transpose(opened)).convert("RGB")
+        except Image.DecompressionBombError as error:
+            hint = "scale it down; such pictures would not fit into memory"
+            raise InputError(f"the image '{name}' is too large: {str(error).split(',')[0]}", hint=hint) from None
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error).split(" <")[0].split(" '")[0]
             raise InputError(
                 f"cannot read the image '{name}': {reason}", hint="repair or remove the file and run again"
             ) from None
@@ -68,7 +73,8 @@ class ImageSet:
         if self.label_column is None:
             raise InputError(
                 f"the images in '{self.text}' have no labels",
-                hint="put each class in a folder of its own, or add a metadata.csv with file_name,label",
+                hint="put each class in a folder of its own, or name a column 'label' "
+                f"(columns: {listed(self.rows.features)})",
             )
         feature, values = self.rows.features[self.label_column], self.rows[self.label_column]
         if hasattr(feature, "int2str"):
@@ -115,6 +121,18 @@ class ImageSet:
         return torch.stack([preprocess(self.image(index)) for index in indices])
 
 
+def _eight_bit(image: Image) -> Image:
+    """A picture with 8 bits a channel; 16-bit grey, as X-rays have it, is scaled, not cut off."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it stores 32-bit values, expected 8 or 16 bits a channel")
+    return image
+
+
 def open_images(reference: hub.Reference, *, split: str | None = None) -> ImageSet:
     """The images of a folder (sub-folders are classes, or a metadata.csv), a saved data set or a Hub data set.
 
@@ -128,7 +146,7 @@ def open_images(reference: hub.Reference, *, split: str | None = None) -> ImageS
     if isinstance(loaded, datasets.DatasetDict):
         loaded = _chosen(loaded, split, reference.text)
     elif split:
-        raise InputError(f"'{reference.text}' has no splits, but 'split: {split}' is asked for")
+        raise InputError(f"'{reference.text}' has no splits, but '{split}' is asked for", hint="leave split out")
     columns = [name for name, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise InputError(f"'{reference.text}' holds no images; its columns are {listed(loaded.features)}")
@@ -145,14 +163,61 @@ def _load(folder: Path, text: str) -> Any:
         raise InputError(f"'{text}' is not a folder", hint="give the folder that holds the images")
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return datasets.load_from_disk(str(folder))
-    if not any(path.is_file() and not path.name.startswith(".") for path in folder.rglob("*")):
-        kinds = ", ".join(PICTURES[:3])
-        raise InputError(f"the folder '{text}' holds no images", hint=f"expected {kinds} ... files")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
+    if not files:
+        raise InputError(f"the folder '{text}' holds no images", hint=f"expected {', '.join(PICTURES[:3])} ... files")
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
+    if pictures and not any(path.suffix in TABLES or path.name.startswith("metadata.") for path in files):
+        return _from_pictures(folder, pictures, text)
     try:
-        return datasets.load_dataset(str(folder))
+        loaded = datasets.load_dataset(str(folder))
     except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"'{text}' cannot be read as images: {type(error).__name__}: {reason}") from None
+    read = sum(len(rows) for rows in loaded.values())
+    if pictures and read != len(pictures):
+        raise InputError(
+            f"'{text}' holds {len(pictures)} pictures, but {read} are read",
+            hint="every picture needs a row in the metadata file; split folders are called train, validation or test",
+        )
+    return loaded
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _from_pictures(folder: Path, pictures: list[Path], text: str) -> Any:
+    """A data set of a folder of class folders; with one more level when the first is called train, test, ...
+
+    The library's own builder guesses splits from words in any file name and then leaves pictures out.
+    """
+    import datasets
+
+    first = {path.relative_to(folder).parts[0] for path in pictures if path.parent != folder}
+    beside = [path.name for path in pictures if path.parent == folder]
+    if first and beside:
+        raise InputError(
+            f"'{text}' holds pictures beside its class folders: {listed(beside)}", hint="move them into a class folder"
+        )
+    if first and first <= SPLITS:
+        parts = {
+            name: [path for path in pictures if path.relative_to(folder).parts[0] == name] for name in sorted(first)
+        }
+        return datasets.DatasetDict({name: _rows(folder / name, paths) for name, paths in parts.items()})
+    return _rows(folder, pictures)
+
+
+def _rows(folder: Path, pictures: list[Path]) -> Any:
+    import datasets
+
+    features = {"image": datasets.Image(decode=False)}
+    columns: dict[str, list[Any]] = {"image": [{"path": str(path), "bytes": None} for path in pictures]}
+    if all(path.parent != folder for path in pictures):
+        names = sorted({path.parent.name for path in pictures})
+        features["label"] = datasets.ClassLabel(names=names)
+        columns["label"] = [names.index(path.parent.name) for path in pictures]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def _chosen(splits: Any, split: str | None, text: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_datavec.checkpoint import Role
@@ -12,6 +14,7 @@ from hf_datavec.errors import InputError, listed
 
 MANIFEST_FILE = "datavec.json"
 VECTOR_FILE = "vector.safetensors"
+AGAIN = "make the vector again with `hf-datavec diff`"
 FORMAT = 1
 
 
@@ -19,12 +22,20 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+Label = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
 class BaseIdentity(_Part):
-    """The base that a vector belongs to: where it was found and, binding, the digest of its content."""
+    """The base that a vector belongs to: where it was found and, binding, the digest of its content.
+
+    `files` are the SHA-256 of a Hub repo's weight files, by which a base can be told from headers alone.
+    """
 
     id: str
     commit: str | None = None
     digest: str
+    files: dict[str, str] | None = None
 
 
 class TensorEntry(_Part):
@@ -37,13 +48,17 @@ class TensorEntry(_Part):
 
 
 class Manifest(_Part):
-    """The content of `datavec.json`."""
+    """The content of `datavec.json`: `content` is the digest of the tensors, `digest` that of all the rest.
+
+    So one digest pins labels, counts, roles and base as well as every bit of the tensors.
+    """
 
     format: int = FORMAT
     base: BaseIdentity
-    digest: str
-    labels: tuple[str, ...] = Field(strict=False)
-    examples: dict[str, int] | None = None
+    content: str
+    digest: str = ""
+    labels: tuple[Label, ...] = Field(strict=False, min_length=1)
+    examples: dict[str, Count] | None = None
     training: dict[str, Any] | None = None
     tensors: dict[str, TensorEntry]
     tools: dict[str, str]
@@ -58,7 +73,18 @@ class Manifest(_Part):
         """The tensors that the vector holds."""
         return {name: entry for name, entry in self.tensors.items() if entry.stored}
 
+    def sealed(self) -> Manifest:
+        """The same manifest with the digest that belongs to it."""
+        return self.model_copy(update={"digest": self.own_digest()})
+
+    def own_digest(self) -> str:
+        """BLAKE3 over everything here but the digest itself, as canonical JSON."""
+        fields = self.model_dump(mode="json", exclude={"digest"}, exclude_none=True)
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return f"blake3:{blake3(text.encode()).hexdigest()}"
+
     def write(self, folder: Path) -> None:
+        """Write `datavec.json` into a vector folder."""
         text = self.model_dump_json(indent=2, exclude_none=True)
         (folder / MANIFEST_FILE).write_text(text + "\n", "utf-8")
 
@@ -83,10 +109,17 @@ def read(folder: Path) -> Manifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise InputError(f"'{path}' is damaged: {place}: {first['msg']}") from None
+    strange = set(found.examples or ()) - set(found.labels)
+    if strange:
+        raise InputError(f"'{path}' counts images of labels that it does not name: {listed(strange)}", hint=AGAIN)
     repeated = {label for label in found.labels if found.labels.count(label) > 1}
     if repeated:
+        raise InputError(f"'{path}' names a label twice: {listed(repeated)}", hint=AGAIN)
+    if found.digest != found.own_digest():
         raise InputError(
-            f"'{path}' names a label twice: {listed(repeated)}", hint="make the vector again with `hf-datavec diff`"
+            f"'{path}' was changed after it was written: digest {found.own_digest()[:19]}..., "
+            f"expected {found.digest[:19]}...",
+            hint="a manifest is not edited by hand; ask the site to send its vector again",
         )
     return found
 
@@ -99,8 +132,6 @@ def _refuse_newer(path: Path, text: str) -> None:
 
 
 def _format_of(text: str) -> int | None:
-    import json
-
     try:
         found = json.loads(text).get("format")
     except (ValueError, AttributeError):

@@ -137,6 +137,8 @@ def _cast(step: Step, tensor: torch.Tensor) -> torch.Tensor:
     result = tensor.to(getattr(torch, TORCH_NAMES[step.record.dtype]))
     if not math.isfinite(float(result.sum())) and not bool(torch.isfinite(result).all()):
         largest = float(tensor.abs().max())
+        if math.isnan(largest):
+            raise InputError(f"the method '{step.method.name}' gave NaN for the tensor '{step.name}'")
         raise InputError(
             f"the fused tensor '{step.name}' does not fit {step.record.dtype} (largest value {largest:.3g})",
             hint="use a smaller scale, or dtype: float32",

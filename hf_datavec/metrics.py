@@ -56,9 +56,11 @@ def _weighted(probabilities: Floats, references: Integers, weights: Floats) -> d
     import numpy as np
 
     predicted = probabilities.argmax(1)
-    confusion = confusion_counts(predicted, references, probabilities.shape[1], weights)
-    hits = np.diagonal(confusion, axis1=1, axis2=2)
-    actual, guessed = confusion.sum(2), confusion.sum(1)
+    classes = probabilities.shape[1]
+    correct = (predicted == references).astype(np.float64)
+    actual = counts_per_class(references, classes, weights)
+    guessed = counts_per_class(predicted, classes, weights)
+    hits = counts_per_class(references, classes, weights * correct)
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = np.where(actual > 0, hits / actual, np.nan)
         # A class that is neither present nor predicted has no F1.
@@ -82,14 +84,13 @@ def _mean(values: Floats) -> Floats:
     return result
 
 
-def confusion_counts(predicted: Integers, references: Integers, classes: int, weights: Floats) -> Floats:
-    """Weighted confusion matrices, shape (b, k, k), rows the references, columns the predictions."""
+def counts_per_class(rows: Integers, classes: int, weights: Floats) -> Floats:
+    """The weight of the images of each class, shape (b, k), for rows (n,) and weights (b, n)."""
     import numpy as np
 
-    cells = references * classes + predicted
-    one_hot = np.zeros((len(references), classes * classes))
-    one_hot[np.arange(len(references)), cells] = 1.0
-    result: Floats = (weights @ one_hot).reshape(len(weights), classes, classes)
+    one_hot = np.zeros((len(rows), classes))
+    one_hot[np.arange(len(rows)), rows] = 1.0
+    result: Floats = weights @ one_hot
     return result
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
-from hf_datavec.errors import InputError, raise_all
+from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
 from hf_datavec.methods import Method, all_methods
 from hf_datavec.recipe import LockedInput, Merge, Override, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
-from hf_datavec.vector import TaskVector, TunedDifferences, check_against
+from hf_datavec.vector import TaskVector, TunedDifferences, check_against, tool_versions
 
+# Below this many images the moments of a channel are mostly chance.
+FEW_IMAGES = 32
 STORED_AS = {long: short for short, long in TORCH_NAMES.items()}
 
 
@@ -26,7 +29,7 @@ class Contribution:
     fetched: Fetched
     source: TaskVector | TunedDifferences
     weight: float
-    digest: str
+    digest: str  # empty for a tuned model of which only headers are at hand
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -41,7 +44,9 @@ class Contribution:
     @property
     def has_statistics(self) -> bool:
         """Whether the site's own BatchNorm statistics can be read."""
-        return self.source.manifest.has_statistics if isinstance(self.source, TaskVector) else True
+        if isinstance(self.source, TaskVector):
+            return self.source.manifest.has_statistics
+        return set(self.source.base.named(Role.STATISTIC)) <= set(self.source.tuned.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +83,28 @@ class Plan:
         return self.base.tensors.nbytes + stored
 
     @property
+    def download_bytes(self) -> int:
+        """What has to come from the Hub before the merge can start."""
+        return self.base_fetched.download_bytes + sum(one.fetched.download_bytes for one in self.contributions)
+
+    @property
+    def base_digest(self) -> str | None:
+        """The base's content digest; of a hollow base what the vectors say it is, else None."""
+        if not self.base_fetched.hollow:
+            return self.base.tensors.digest
+        said = {one.source.manifest.base.digest for one in self.contributions if isinstance(one.source, TaskVector)}
+        return said.pop() if len(said) == 1 else None
+
+    @property
     def write_bytes(self) -> int:
         return sum(step.record.nbytes for step in self.steps)
 
     @property
     def peak_bytes(self) -> int:
         """A bound on the memory of the merge itself beyond mapped files: the largest tensor of all sites at once."""
-        largest = max((_values(step.record) for step in self.steps), default=0)
+        largest = max((math.prod(step.record.shape) for step in self.steps), default=0)
         # n float32 rows, and the combination, the base and the result in float64.
         return largest * (4 * len(self.contributions) + 3 * 8)
-
-
-def _values(record: Record) -> int:
-    count = 1
-    for size in record.shape:
-        count *= size
-    return count
 
 
 def _records(contribution: Contribution) -> tuple[Record, ...]:
@@ -108,8 +119,8 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors: list[InputError] = []
     for contribution in contributions:
         if isinstance(contribution.source, TaskVector):
-            errors += check_against(contribution.source, checkpoint, base.reference.identity)
-    errors += _lock_errors(recipe, checkpoint, contributions)
+            errors += check_against(contribution.source, checkpoint, base)
+    errors += _lock_errors(recipe, base, checkpoint, contributions)
     weighed, weight_errors = _weighed(recipe.merge, contributions)
     errors += weight_errors
     errors += _method_errors(recipe.merge, weighed)
@@ -120,7 +131,10 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     ordered = tuple(sorted(weighed, key=lambda one: (one.digest, one.weight, one.name)))
     labels = fused_labels(checkpoint.labels, [one.labels for one in ordered])
     steps = tuple(_steps(recipe, checkpoint, labels))
-    return Plan(recipe, checkpoint, base, ordered, labels, steps, tuple(_notes(recipe, checkpoint, ordered)))
+    notes = tuple(_notes(recipe, checkpoint, ordered))
+    made = Plan(recipe, checkpoint, base, ordered, labels, steps, notes)
+    raise_all(_average_errors(made))
+    return made
 
 
 def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -155,9 +169,30 @@ def _method_errors(merge: Merge, contributions: list[Contribution]) -> Iterator[
             given = ", ".join(f"{one.name}: {one.weight:g}" for one in contributions)
             hint = "use method: linear, or leave the weights out"
             yield InputError(f"the method '{name}' ignores weights, but they differ ({given})", hint=hint)
-        if method.uses_weights and abs(sum(weights)) < 1e-12 * sum(map(abs, weights)) + 1e-300:
-            problem = f"the weights for the method '{name}' sum to zero, so there is no average"
-            yield InputError(problem, hint="change a weight, or use options: {normalize: false}")
+
+
+def _average_errors(plan: Plan) -> Iterator[InputError]:
+    """Averages need weights of at least zero, and for each label a site whose weight is above."""
+    averaging = {
+        step.method.name for step in plan.steps if step.method.uses_weights and step.options.get("normalize", True)
+    }
+    restore = plan.recipe.recalibrate
+    if restore and restore.mode == "moments" and plan.base.has_statistics:
+        averaging.add("moments")
+    for name in sorted(averaging):
+        negative = [one.name for one in plan.contributions if one.weight < 0]
+        if negative:
+            hint = "use weights of at least 0; method: linear with options: {normalize: false} takes negative ones"
+            yield InputError(f"'{name}' averages, but the weight of {listed(negative)} is below zero", hint=hint)
+            continue
+        lost = [
+            label
+            for label in plan.labels
+            if not any(one.weight > 0 for one in plan.contributions if label in one.labels)
+        ]
+        if lost:
+            hint = "give one of the sites that have it a weight above 0"
+            yield InputError(f"'{name}' averages, but every weight for {listed(lost)} is zero", hint=hint)
 
 
 def _restoration_errors(
@@ -181,16 +216,20 @@ def _override_errors(merge: Merge, base: Checkpoint) -> Iterator[InputError]:
             yield InputError(f"the override '{override.tensors}' matches no tensor of the base", hint=hint)
 
 
-def _lock_errors(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]) -> Iterator[InputError]:
+def _lock_errors(
+    recipe: Recipe, fetched: Fetched, base: Checkpoint, contributions: tuple[Contribution, ...]
+) -> Iterator[InputError]:
     if recipe.lock is None:
         return
-    pairs = [("base", recipe.lock.base, base.tensors.digest)]
+    pairs: list[tuple[str, LockedInput, str | None]] = []
+    if not fetched.hollow:
+        pairs.append(("base", recipe.lock.base, base.tensors.digest))
     if len(recipe.lock.vectors) != len(contributions):
         yield InputError(f"the lock lists {len(recipe.lock.vectors)} vectors, the recipe {len(contributions)}")
         return
     pairs += [(one.name, locked, one.digest) for one, locked in zip(contributions, recipe.lock.vectors, strict=True)]
     for name, locked, digest in pairs:
-        if locked.digest != digest:
+        if digest and locked.digest and locked.digest != digest:
             yield not_pinned(name, locked, digest)
 
 
@@ -198,7 +237,7 @@ def not_pinned(name: str, locked: LockedInput, digest: str) -> InputError:
     """The error that an input is not the one that was locked."""
     return InputError(
         f"'{name}' ({locked.reference}) is not what the lock pins: "
-        f"digest {digest[:19]}..., expected {locked.digest[:19]}...",
+        f"digest {digest[:19]}..., expected {str(locked.digest)[:19]}...",
         hint="restore the pinned input, or merge the unlocked recipe",
     )
 
@@ -207,7 +246,7 @@ def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterato
     merge, methods = recipe.merge, all_methods()
     for name, record in sorted(base.records.items()):
         role = base.roles[name]
-        shape = (len(labels), *record.shape[1:]) if role is Role.HEAD else record.shape
+        shape = base.shape_with(name, labels)
         dtype = record.dtype
         if recipe.dtype and role is not Role.CONSTANT:
             dtype = STORED_AS[recipe.dtype]
@@ -234,6 +273,14 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
             yield f"the network has no BatchNorm: recalibration ({mode}) is skipped"
     elif mode == "none":
         yield "BatchNorm statistics stay the base's; a fused network usually needs `recalibrate:`"
+    if recipe.lock and recipe.lock.tools != tool_versions():
+        yield f"the lock was made with {recipe.lock.tools}, this is {tool_versions()}: bytes may differ"
+    if mode == "statistics" and recipe.recalibrate and recipe.recalibrate.count < FEW_IMAGES:
+        yield f"recalibration on {recipe.recalibrate.count} images is unreliable; some hundreds are usual"
+    known = [set(one.labels) for one in contributions]
+    single = [label for label in sorted(set().union(*known)) if len(known) > 1 and sum(label in k for k in known) == 1]
+    if single:
+        yield f"only one site has the label {listed(single)}: check the spelling if others should"
     seen: dict[str, str] = {}
     for one in contributions:
         if one.digest in seen:

@@ -25,7 +25,7 @@ def write(folder: Path, pretrained: Checkpoint, labels: tuple[str, ...], *, imag
     """
     refuse_labels(labels)
     layout = [
-        Record(name, record.dtype, _shape(pretrained, name, labels), record.file, 0)
+        Record(name, record.dtype, pretrained.shape_with(name, labels), record.file, 0)
         for name, record in pretrained.records.items()
     ]
     config = relabelled(pretrained.config, labels)
@@ -40,16 +40,11 @@ def write(folder: Path, pretrained: Checkpoint, labels: tuple[str, ...], *, imag
 
 def refuse_labels(labels: tuple[str, ...]) -> None:
     """Raise InputError for labels that repeat, are empty, or are fewer than two."""
+    if len(labels) < 2 or not all(label.strip() for label in labels):
+        raise InputError(f"--labels needs at least two names separated by commas, got {','.join(labels)!r}")
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise InputError(f"--labels names {listed(repeated)} twice")
-    if len(labels) < 2 or not all(label.strip() for label in labels):
-        raise InputError(f"--labels needs at least two names separated by commas, got {','.join(labels)!r}")
-
-
-def _shape(pretrained: Checkpoint, name: str, labels: tuple[str, ...]) -> tuple[int, ...]:
-    shape = pretrained.records[name].shape
-    return (len(labels), *shape[1:]) if pretrained.roles[name] is Role.HEAD else shape
 
 
 def _stream(pretrained: Checkpoint, layout: list[Record]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,7 +76,7 @@ def resized(
     """
     if "pretrained_cfg" in config:
         pretrained = {key: value for key, value in config["pretrained_cfg"].items() if not key.startswith("test_")}
-        if pretrained.get("fixed_input_size"):
+        if pretrained.get("fixed_input_size") or not pretrained.get("input_size"):
             raise InputError(f"'{config['architecture']}' has a fixed image size, so --image-size cannot change it")
         pretrained |= {"input_size": [pretrained["input_size"][0], size, size], "crop_pct": 1.0}
         return {**config, "pretrained_cfg": pretrained}, preprocessor
@@ -89,16 +84,21 @@ def resized(
         raise InputError("the weights of this network depend on its image size, so --image-size cannot change it")
     square = {"height": size, "width": size}
     changed = {**preprocessor, "size": square, "do_center_crop": False}
-    if "shortest_edge" in preprocessor.get("size", {}):  # these processors crop the rest of the longer edge
+    if isinstance(preprocessor.get("size"), dict) and "shortest_edge" in preprocessor["size"]:
+        # These processors crop the rest of the longer edge.
         changed = {**preprocessor, "size": {"shortest_edge": size}}
         changed |= {key: 1.0 for key in ("crop_pct",) if key in preprocessor}
         changed |= {key: square for key in ("crop_size",) if key in preprocessor}
     return config, changed
 
 
-def copy_description(source: Checkpoint, folder: Path, labels: tuple[str, ...]) -> None:
-    """Write the configuration and preprocessor of a model beside weights that were derived from it."""
-    write_config(folder, relabelled(source.config, labels))
+def copy_description(source: Checkpoint, folder: Path, labels: tuple[str, ...], *, dtype: str | None = None) -> None:
+    """Write the configuration and preprocessor of a model beside weights derived from it, of another type if given."""
+    config = relabelled(source.config, labels)
+    if dtype:
+        # What `from_pretrained` loads by default; older configurations spell it the second way.
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    write_config(folder, config)
     preprocessor = source.folder / PREPROCESSOR_FILE
     if preprocessor.is_file():
         shutil.copyfile(preprocessor, folder / PREPROCESSOR_FILE)

@@ -29,6 +29,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(estimate: Estimate) -> str:
     """A share with its interval: `61.3 (57.1 to 65.0)`."""
+    if estimate.value != estimate.value:
+        return "not defined"
     return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
 
 

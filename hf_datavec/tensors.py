@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
+from hf_datavec import headers
 from hf_datavec.errors import InputError, RunError, listed
+from hf_datavec.headers import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-# Bytes of one element, by the name that safetensors headers use.
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
-}  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The same names as torch spells them, for the types that a weight may have.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -234,18 +231,12 @@ def in_file_order(layout: Iterable[Record]) -> list[Record]:
 
 
 def _header(records: Iterable[Record]) -> tuple[bytes, int]:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    entries, end = {}, 0
     for record in records:
-        entries[record.name] = {
-            "dtype": record.dtype,
-            "shape": list(record.shape),
-            "data_offsets": [end, end + record.nbytes],
-        }
+        entries[record.name] = (record.dtype, record.shape, (end, end + record.nbytes))
         end += record.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes, as the format asks
-    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+    start = headers.encode(entries)
+    return start, len(start)
 
 
 def _bytes_of(tensor: torch.Tensor, record: Record) -> memoryview:
@@ -270,9 +261,3 @@ def overwrite(records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor]
         with open(record.file, "r+b") as handle:
             handle.seek(record.start)
             handle.write(_bytes_of(tensor, record))
-
-
-def iterate(tensors: Tensors, layout: Iterable[Record]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stored tensors in file order, ready for `write_file`."""
-    for record in in_file_order(layout):
-        yield record.name, tensors.read(record.name)

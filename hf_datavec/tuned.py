@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 PICKLES = (".pth", ".pt", ".bin")
 # Wrappers that training scripts put around a state dict, and prefixes that they put before every name.
-NESTED = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "timm_model.", "_orig_mod.")
+NESTED = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "timm_model.", "_orig_mod.", "model.")
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,25 @@ class Tuned:
         return self.tensors.read(self.names[name])
 
 
-def open_tuned(path: Path, base: Checkpoint, *, labels: tuple[str, ...] | None = None) -> Tuned:
-    """The tuned network at `path`, checked against the base by names, shapes and types.
+def open_tuned(
+    path: Path, base: Checkpoint, *, labels: tuple[str, ...] | None = None, text: str | None = None
+) -> Tuned:
+    """The tuned network at `path`, checked against the base by names, shapes and types; messages call it `text`.
 
     Raises: InputError for everything that does not fit, told at once.
     """
+    text = text or str(path)
     if path.is_dir():
         checkpoint = open_checkpoint(path)
-        return fitted(str(path), checkpoint.tensors, labels or checkpoint.labels, base)
+        return fitted(text, checkpoint.tensors, labels or checkpoint.labels, base)
     if not path.exists():
-        raise InputError(f"there is no folder or file '{path}'")
+        raise InputError(f"there is no folder or file '{text}'")
     if path.suffix == ".safetensors":
-        return fitted(str(path), open_file(path), labels or base.labels, base)
+        return fitted(text, open_file(path), labels or base.labels, base)
     if path.suffix in PICKLES:
-        return fitted(str(path), StateDict.load(path), labels or base.labels, base)
+        return fitted(text, StateDict.load(path, text), labels or base.labels, base)
     raise InputError(
-        f"'{path}' is no tuned model",
+        f"'{text}' is no tuned model",
         hint=f"expected a model folder, a .safetensors file or a state dict ({', '.join(PICKLES)})",
     )
 
@@ -58,13 +61,15 @@ def fitted(text: str, tensors: Tensors, labels: tuple[str, ...], base: Checkpoin
     """The tuned network with each of its tensors assigned to one of the base's. Raises as `open_tuned`."""
     names = {name: name for name in tensors.records if name in base.records}
     missing = [name for name in base.records if name not in names and base.roles[name] in (Role.WEIGHT, Role.HEAD)]
-    errors = []
+    errors, lost = [], []
     for name in missing:
         twin = _tied_to(name, base, names)
         if twin:
             names[name] = twin
         else:
-            errors.append(InputError(f"'{text}' lacks the tensor '{name}' of the base '{base.folder}'"))
+            lost.append(name)
+    if lost:
+        errors.append(InputError(f"'{text}' lacks tensors of the base '{base.folder}': {listed(lost)}"))
     extra = [name for name in tensors.records if name not in base.records and not _is_alias(name, tensors, names)]
     if extra:
         errors.append(
@@ -133,7 +138,7 @@ class StateDict:
         return tensor
 
     @classmethod
-    def load(cls, path: Path) -> StateDict:
+    def load(cls, path: Path, text: str) -> StateDict:
         """The state dict in a file; wrappers and prefixes that training scripts add are taken off.
 
         Raises: InputError for a file that holds anything but tensors.
@@ -144,14 +149,14 @@ class StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - torch raises many types; all mean the same to the user
             raise InputError(
-                f"'{path}' cannot be read as a state dict of tensors only ({type(error).__name__})",
+                f"'{text}' cannot be read as a state dict of tensors only ({type(error).__name__})",
                 hint="save it with torch.save(model.state_dict(), ...); pickles with other objects are refused",
             ) from None
         for key in NESTED:
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
-        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise InputError(f"'{path}' holds no state dict (names with tensors)")
+        if not isinstance(content, dict) or not content or not all(map(_is_entry, content.items())):
+            raise InputError(f"'{text}' holds no state dict (names with dense tensors)")
         values = _without_prefix(content)
         spelt = {getattr(torch, long): short for short, long in TORCH_NAMES.items()}
         spelt |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8"}
@@ -160,6 +165,13 @@ class StateDict:
             for name, value in sorted(values.items())
         }
         return cls(records, values)
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    import torch
+
+    name, value = entry
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _without_prefix(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hf_datavec import __version__
 from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
-from hf_datavec.manifest import VECTOR_FILE, BaseIdentity, Manifest, TensorEntry
+from hf_datavec.hub import Fetched
+from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, TensorEntry
 from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
 from hf_datavec.tuned import Tuned
 
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
 
 # Vectors travel in float32 whatever the base's type: differences of half-precision weights need the bits.
 VECTOR_DTYPE = "F32"
-AGAIN = "make the vector again with `hf-datavec diff`"
-
-
-class Differences(Protocol):
-    """What a merge needs of one contribution: its labels, and its difference to the base by name."""
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -50,12 +41,12 @@ class TaskVector:
         return self.tensors.read(name)
 
     def verify(self) -> None:
-        """Compare the stored bytes with the manifest's digest. Raises: InputError when they differ."""
+        """Compare the stored bytes with the manifest. Raises: InputError when they differ."""
         found = self.tensors.digest
-        if found != self.manifest.digest:
+        if found != self.manifest.content:
             raise InputError(
                 f"'{self.folder / VECTOR_FILE}' is not the file its {manifests.MANIFEST_FILE} describes: "
-                f"digest {found[:19]}..., expected {self.manifest.digest[:19]}...",
+                f"digest {found[:19]}..., expected {self.manifest.content[:19]}...",
                 hint="the file was changed or damaged; ask the site to send it again",
             )
 
@@ -126,35 +117,30 @@ def write(
     base = differences.base
     roles = (Role.WEIGHT, Role.HEAD, Role.STATISTIC) if with_statistics else (Role.WEIGHT, Role.HEAD)
     layout = [
-        Record(name, VECTOR_DTYPE, _shape(base, name, differences.labels), folder, 0) for name in base.named(*roles)
+        Record(name, VECTOR_DTYPE, base.shape_with(name, differences.labels), folder, 0) for name in base.named(*roles)
     ]
     # All differences have one type, so the order of the file is the order of the names.
     stream = ((record.name, differences.read(record.name)) for record in layout)
     hashes = write_file(folder / VECTOR_FILE, layout, stream)
     result = Manifest(
         base=base_id,
-        digest=combined_digest(hashes),
+        content=combined_digest(hashes),
         labels=differences.labels,
         examples=dict(examples) if examples else None,
         training=dict(training) if training else None,
         tensors={
             name: TensorEntry(
                 role=base.roles[name],
-                shape=_shape(base, name, differences.labels),
+                shape=base.shape_with(name, differences.labels),
                 dtype=base.records[name].dtype,
                 stored=base.roles[name] in roles,
             )
             for name in sorted(base.records)
         },
         tools=tool_versions(),
-    )
+    ).sealed()
     result.write(folder)
     return result
-
-
-def _shape(base: Checkpoint, name: str, labels: tuple[str, ...]) -> tuple[int, ...]:
-    shape = base.records[name].shape
-    return (len(labels), *shape[1:]) if base.roles[name] is Role.HEAD else shape
 
 
 def tool_versions() -> dict[str, str]:
@@ -191,9 +177,23 @@ def open_vector(folder: Path) -> TaskVector:
     return TaskVector(folder, manifest, tensors)
 
 
-def check_against(vector: TaskVector, base: Checkpoint, base_id: str) -> list[InputError]:
-    """Every reason why a vector cannot be added to a base; empty when it fits."""
-    theirs = vector.manifest.base
+def base_identity(fetched: Fetched, base: Checkpoint) -> BaseIdentity:
+    """How a manifest names the base that was fetched."""
+    weights = {name: value for name, value in fetched.hashes.items() if name.endswith(".safetensors")}
+    return BaseIdentity(
+        id=fetched.reference.identity, commit=fetched.commit, digest=base.tensors.digest, files=weights or None
+    )
+
+
+def check_against(vector: TaskVector, base: Checkpoint, fetched: Fetched) -> list[InputError]:
+    """Every reason why a vector cannot be added to a base; empty when it fits.
+
+    Of a hollow base the commit or the hashes of its files must be those that the manifest names; a base that can
+    be told by neither is checked when its content is at hand.
+    """
+    theirs, base_id = vector.manifest.base, fetched.reference.identity
+    if fetched.hollow:
+        return [*_hollow_misfit(vector, fetched), *_misfits(vector, base)]
     if theirs.digest != base.tensors.digest:
         if theirs.id == base_id:
             problem = f"the base '{base_id}' has changed since the vector '{vector.folder}' was made"
@@ -206,6 +206,23 @@ def check_against(vector: TaskVector, base: Checkpoint, base_id: str) -> list[In
     return _misfits(vector, base)
 
 
+def _hollow_misfit(vector: TaskVector, fetched: Fetched) -> list[InputError]:
+    theirs = vector.manifest.base
+    if (theirs.id, theirs.commit) == (fetched.reference.repo, fetched.commit) or not theirs.files:
+        return []
+    ours = {name: value for name, value in fetched.hashes.items() if name.endswith(".safetensors")}
+    if theirs.files == ours:
+        return []
+    where = f"'{theirs.id}'" + (f" at {theirs.commit[:12]}" if theirs.commit else "")
+    return [
+        InputError(
+            f"the vector '{vector.folder}' was made from the base {where}, whose weights are not those of "
+            f"{fetched.reference.shown}",
+            hint="pin the base's revision in the recipe, or make the vector again from this base",
+        )
+    ]
+
+
 def _misfits(vector: TaskVector, base: Checkpoint) -> list[InputError]:
     errors = []
     needed, stored = set(base.named(Role.WEIGHT, Role.HEAD)), vector.manifest.stored
@@ -216,7 +233,7 @@ def _misfits(vector: TaskVector, base: Checkpoint) -> list[InputError]:
     if extra:
         errors.append(InputError(f"the vector '{vector.folder}' has tensors that the base lacks: {listed(extra)}"))
     for name in sorted(set(stored) & set(base.records)):
-        expected = _shape(base, name, vector.labels)
+        expected = base.shape_with(name, vector.labels)
         if stored[name].shape != expected:
             shapes = f"has shape {list(stored[name].shape)}, expected {list(expected)}"
             errors.append(InputError(f"the vector '{vector.folder}': tensor '{name}' {shapes}"))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -18,6 +19,7 @@ from networks import make_images, make_vector, save_with, write_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hf_datavec.manifest import Manifest
 from hf_datavec.tensors import open_file, open_folder
 
 WEIGHTS = "model.safetensors"
@@ -68,6 +70,14 @@ def text_recipe(folder: Path, text: str) -> str:
 
 def change_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    if path.name == MANIFEST:
+        seal(path)
+
+
+def seal(path: Path) -> None:
+    """Give a changed manifest the digest that belongs to it, where it is still one."""
+    with contextlib.suppress(ValueError):
+        path.write_text(Manifest.model_validate_json(path.read_text()).sealed().model_dump_json(exclude_none=True))
 
 
 def rewrite_vector(
@@ -78,7 +88,7 @@ def rewrite_vector(
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / VECTOR)
     manifest = json.loads((folder / MANIFEST).read_text())
     if consistent:
-        manifest["digest"] = open_file(folder / VECTOR).digest
+        manifest["content"] = open_file(folder / VECTOR).digest
     for name, tensor in changes.items() if listing else ():
         if tensor is None:
             del manifest["tensors"][name]
@@ -86,6 +96,7 @@ def rewrite_vector(
             entry = {"role": "weight", "shape": list(tensor.shape), "dtype": "F32", "stored": True}
             manifest["tensors"][name] = entry
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    seal(folder / MANIFEST)
 
 
 def rewrite_model(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
@@ -455,7 +466,7 @@ def test_a_vector_given_as_a_model_is_told_apart(refused, study):
           hint: write {vector: ...} for it
         """)
     assert refused("diff", "base", "site-a", "-o", "new") == said("""
-        error: 'site-a' has no config.json: it is a vector, not a model
+        error: 'TMP/site-a' has no config.json: it is a vector, not a model
           hint: write {vector: ...} for it
         """)
 
@@ -488,8 +499,8 @@ def test_weights_that_sum_to_zero_have_no_average(refused, study):
     vectors = [{"vector": "./site-a", "weight": 0.5}, {"vector": "./site-b", "weight": -0.5}]
     recipe = write_recipe(study / "recipe.yaml", **{**GOOD, "vectors": vectors}, merge={"method": "linear"})
     assert refused("merge", recipe) == said("""
-        error: the weights for the method 'linear' sum to zero, so there is no average
-          hint: change a weight, or use options: {normalize: false}
+        error: 'linear' averages, but the weight of 'site-b' is below zero
+          hint: use weights of at least 0; method: linear with options: {normalize: false} takes negative ones
         """)
 
 
@@ -786,7 +797,7 @@ def test_a_tuned_model_of_other_shapes_is_refused_with_all_of_them(refused, stud
 def test_a_tuned_model_that_lacks_a_tensor_is_refused(refused, study):
     rewrite_model(study / "tuned-site-a", {"conv1.0.weight": None})
     assert refused("diff", "base", "tuned-site-a", "-o", "new") == said("""
-        error: 'tuned-site-a' lacks the tensor 'conv1.0.weight' of the base 'TMP/base'
+        error: 'tuned-site-a' lacks tensors of the base 'TMP/base': 'conv1.0.weight'
         """)
 
 
@@ -963,14 +974,14 @@ def test_pictures_without_labels_cannot_be_evaluated_on(refused, study):
         shutil.copyfile(picture, study / "flat" / f"{picture.parent.name}-{picture.name}")
     assert refused("evaluate", "base", "flat") == said("""
         error: the images in 'flat' have no labels
-          hint: put each class in a folder of its own, or add a metadata.csv with file_name,label
+          hint: put each class in a folder of its own, or name a column 'label' (columns: 'image')
         """)
 
 
 def test_a_split_of_a_folder_without_splits_is_refused(refused):
     assert refused("evaluate", "base", "images", "--split", "tset") == said("""
-        error: 'images' has no split 'tset'; it has 'train'
-          hint: known: train
+        error: 'images' has no splits, but 'tset' is asked for
+          hint: leave split out
         """)
 
 

@@ -40,6 +40,7 @@ WEIGHTS = 40_000  # floats in the model of these tests
 @pytest.fixture(autouse=True)
 def client_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets what is otherwise read from the environment at import."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -115,7 +116,11 @@ def test_the_client_needs_only_two_variables(server: HubServer, model: str, tmp_
     settings = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_alice", "HF_HOME": str(tmp_path / "fresh")}
     script = f"import huggingface_hub; print(huggingface_hub.hf_hub_download({REPO!r}, 'README.md'))"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | settings, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env=os.environ | settings | {"HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert Path(done.stdout.strip()).read_text().endswith("# A model\n")
     assert Path(done.stdout.strip()).parent.name == model

@@ -66,8 +66,54 @@ def test_a_split_is_asked_for_when_there_are_several(tmp_path):
     assert refused.value.hint == "did you mean 'test'?"
     make_images(tmp_path / "plain")
     datasets.load_dataset(str(tmp_path / "plain"), split="train").save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(InputError, match="has no splits, but 'split: test' is asked for"):
+    with pytest.raises(InputError, match="has no splits, but 'test' is asked for"):
         opened(tmp_path / "saved", "test")
+
+
+def test_words_in_file_names_hide_no_picture(tmp_path):
+    """The library's own builder reads 2 of these 7 pictures: it takes the names for splits."""
+    for name in ("000", "001", "test_0", "test_1", "train-2", "val"):
+        (tmp_path / "images [1]" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images [1]" / "cat" / f"{name}.png")
+    (tmp_path / "images [1]" / "test").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images [1]" / "test" / "a.png")
+    found = opened(tmp_path / "images [1]")
+    assert found.labels == ("cat",) * 6 + ("test",)
+
+
+def test_a_site_may_have_one_class_only(tmp_path):
+    assert set(opened(make_images(tmp_path / "images", labels=("dog",))).labels) == {"dog"}
+
+
+def test_a_picture_beside_the_class_folders_is_named(tmp_path):
+    make_images(tmp_path / "images")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "stray.png")
+    with pytest.raises(InputError, match=r"holds pictures beside its class folders: 'stray.png'"):
+        opened(tmp_path / "images")
+
+
+def test_a_picture_that_the_metadata_leaves_out_is_not_lost_silently(tmp_path):
+    folder = with_metadata(make_images(tmp_path / "source"), tmp_path / "table")
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    (folder / "metadata.csv").write_text("\n".join(lines[:-4]))
+    with pytest.raises(InputError, match=r"holds 18 pictures, but 14 are read|cannot be read as images"):
+        opened(folder)
+
+
+def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(folder / "a.png")
+    Image.fromarray(ramp).save(folder / "b.tiff")
+    Image.fromarray(ramp.astype(np.float32) / 65535).save(folder / "c.tiff")
+    found = opened(tmp_path / "images")
+    for index in (0, 1):
+        grey = np.asarray(found.image(index))[:, :, 0].reshape(-1)
+        assert (grey[0], grey[-1]) == (0, 255)
+        assert abs(float(grey.mean()) - 127.5) < 2
+    with pytest.raises(InputError, match="stores 32-bit values, expected 8 or 16 bits"):
+        found.image(2)
 
 
 def test_pictures_of_every_kind_become_upright_rgb(tmp_path):

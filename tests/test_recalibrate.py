@@ -175,7 +175,7 @@ def test_only_running_statistics_change_in_the_file(study, run):
     )
     outcome = run("merge", restoring)
     assert outcome.code == 0, outcome.err
-    assert "BatchNorm layers were re-estimated on 18 images of `./images`." in outcome.out
+    assert "BatchNorm layers were re-estimated on 18 images of `images`." in outcome.out
     plain, after = load_file(study / "plain/model.safetensors"), load_file(study / "restored/model.safetensors")
     for name, value in after.items():
         assert torch.equal(value, plain[name]) != name.endswith(("running_mean", "running_var")), name

@@ -91,7 +91,7 @@ def test_every_key_is_read_as_written():
         "evaluate": {"images": "./public-test", "split": "test", "batch_size": 8},
         "output": "./fused",
         "dtype": "float32",
-        "push": {"repo": "consortium/derm-fused", "private": True},
+        "push": {"repo": "consortium/derm-fused", "private": True, "create_pr": False},
         "lock": {
             "base": {"reference": "./base", "digest": "sha256:00"},
             "vectors": (

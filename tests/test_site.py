@@ -120,15 +120,17 @@ def test_frozen_parts_do_not_move(tmp_path, run):
 
 
 def test_a_class_balanced_loss_weighs_rare_classes_up():
-    from hf_datavec.finetune import _balanced_loss
+    from hf_datavec.finetune import _cross_entropy
 
     rows = [0] * 9 + [1]
     logits = torch.zeros(10, 3, requires_grad=True)
-    _balanced_loss(rows, 3)({"logits": logits}, torch.tensor(rows), num_items_in_batch=10).backward()
+    _cross_entropy(rows, 3, balanced=True)({"logits": logits}, torch.tensor(rows), num_items_in_batch=10).backward()
     pull = -logits.grad[torch.arange(10), torch.tensor(rows)]
     torch.testing.assert_close(pull[:9].sum(), pull[9])
     ln3 = torch.log(torch.tensor(3.0))
-    torch.testing.assert_close(_balanced_loss(rows, 3)({"logits": logits.detach()}, torch.tensor(rows)), ln3)
+    torch.testing.assert_close(
+        _cross_entropy(rows, 3, balanced=True)({"logits": logits.detach()}, torch.tensor(rows)), ln3
+    )
 
 
 def test_an_interrupted_training_goes_on_and_ends_like_an_uninterrupted_one(tmp_path, run):

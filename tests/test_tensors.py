@@ -18,7 +18,6 @@ from hf_datavec.tensors import (
     Record,
     combined_digest,
     in_file_order,
-    iterate,
     open_file,
     open_folder,
     overwrite,
@@ -91,7 +90,9 @@ def test_a_copy_by_streaming_has_the_same_tensors_and_the_same_digest(tmp_path):
     save_file(sample(), tmp_path / "t.safetensors", metadata={"by": "the library"})
     source = open_file(tmp_path / "t.safetensors")
     hashes = write_file(
-        tmp_path / "copy.safetensors", source.records.values(), iterate(source, source.records.values())
+        tmp_path / "copy.safetensors",
+        source.records.values(),
+        ((record.name, source.read(record.name)) for record in in_file_order(source.records.values())),
     )
     copy = open_file(tmp_path / "copy.safetensors")
     assert same(load_file(tmp_path / "copy.safetensors"), sample())

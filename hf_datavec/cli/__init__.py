@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from hf_datavec.errors import DatavecError
+from hf_datavec.errors import DatavecError, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare()
     options = parser().parse_args(arguments)
     try:
+        _refuse_several_processes()
         return int(options.run(options) or 0)
     except DatavecError as error:
         sys.stderr.write("".join(f"{_told(one)}\n" for one in (getattr(error, "errors", None) or (error,))))
@@ -34,6 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing half written was left in place\n")
         return 130
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"hf-datavec was started as {os.environ['WORLD_SIZE']} processes, but its commands run as one",
+            hint="start it without torchrun or accelerate launch",
+        )
 
 
 def _told(error: DatavecError) -> str:
@@ -61,4 +70,5 @@ class _Stderr(logging.Handler):
 
 def _terminate(number: int, _: Any) -> None:
     # As an exception, so that unfinished folders are taken away on the way out.
+    sys.stderr.write("terminated; nothing half written was left in place\n")
     raise SystemExit(128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from argparse import Namespace
@@ -12,13 +13,21 @@ if TYPE_CHECKING:
     from hf_datavec.evaluate import Evaluation
     from hf_datavec.plan import Plan
 
+# Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
+READ_RATE = 1e9
+
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
 def _say_json(data: Any) -> None:
-    _say(json.dumps(data, indent=2))
+    _say(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _labels(text: str) -> list[str]:
+    # As a line of a table, so that a label may hold a comma in quotes.
+    return [label.strip() for label in next(csv.reader([text], skipinitialspace=True), [])]
 
 
 def demo(options: Namespace) -> None:
@@ -32,7 +41,7 @@ def demo(options: Namespace) -> None:
 def init(options: Namespace) -> None:
     from hf_datavec.pipeline import site
 
-    labels = [label.strip() for label in options.labels.split(",")]
+    labels = _labels(options.labels)
     _say(str(site.init(options.base, labels, options.output, image_size=options.image_size)))
 
 
@@ -63,7 +72,7 @@ def diff(options: Namespace) -> None:
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
 
-    labels = tuple(label.strip() for label in options.labels.split(",")) if options.labels else None
+    labels = tuple(_labels(options.labels)) if options.labels else None
     manifest = site.diff(
         options.base,
         options.tuned,
@@ -83,7 +92,14 @@ def diff(options: Namespace) -> None:
 def push(options: Namespace) -> None:
     from hf_datavec.pipeline import site
 
-    _say(f"pushed to {site.push(options.folder, options.repo, private=not options.public)}")
+    place = site.push(
+        options.folder,
+        options.repo,
+        private=not options.public,
+        revision=options.revision,
+        create_pr=options.create_pr,
+    )
+    _say(f"pushed to {place}")
 
 
 def inspect(options: Namespace) -> None:
@@ -123,7 +139,7 @@ def plan(options: Namespace) -> None:
     from hf_datavec.pipeline.prepare import prepare
     from hf_datavec.tables import table
 
-    prepared = prepare(options.recipe)
+    prepared = prepare(options.recipe, headers_only=True)
     lock = locks.write(prepared) if options.lock else None
     if options.json:
         return _say_json({**_plan_data(prepared.plan), "lock": str(lock) if lock else None})
@@ -137,7 +153,7 @@ def plan(options: Namespace) -> None:
 def _plan_data(plan: Plan) -> dict[str, Any]:
     return {
         "base": plan.base_fetched.reference.identity,
-        "base_digest": plan.base.tensors.digest,
+        "base_digest": plan.base_digest,
         "vectors": [
             {
                 "name": one.name,
@@ -154,6 +170,7 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
             for step in plan.steps
             if step.role.value in ("weight", "head")
         ],
+        "download_bytes": plan.download_bytes,
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes": plan.peak_bytes,
@@ -161,14 +178,17 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
     }
 
 
+def short(digest: str | None) -> str:
+    """The first digits of a digest, as tables show it."""
+    return digest.partition(":")[2][:12] if digest else "digest not known yet"
+
+
 def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
     from hf_datavec.tables import size
 
-    lines = [
-        ("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {plan.base.tensors.digest[7:19]})")
-    ]
+    lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {short(plan.base_digest)})")]
     lines += [
-        (f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {one.digest[7:19]}")
+        (f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {short(one.digest)}")
         for one in sorted(plan.contributions, key=lambda one: one.name)
     ]
     methods: dict[tuple[str, float], int] = {}
@@ -181,10 +201,12 @@ def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
         ("recalibrate", restore),
     ]
+    if plan.download_bytes:
+        lines.append(("downloads", size(plan.download_bytes)))
     lines += [
-        ("reads", size(plan.read_bytes)),
+        ("reads", f"{size(plan.read_bytes)}, about {plan.read_bytes / READ_RATE:.1f} s at 1 GB/s"),
         ("writes", size(plan.write_bytes)),
-        ("memory at most", size(plan.peak_bytes)),
+        ("memory of the merge", size(plan.peak_bytes)),
     ]
     return lines
 

@@ -42,9 +42,13 @@ def _command(
 def _demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = _command(actions, "demo", "the whole loop on a real network and real images, offline")
     demo.add_argument(
-        "--out", type=Path, default=Path("hf-datavec-demo"), metavar="DIR", help="folder to make (default: %(default)s)"
+        "--out",
+        type=_path,
+        default=Path("hf-datavec-demo"),
+        metavar="DIR",
+        help="folder to make (default: %(default)s)",
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of images and training (default: %(default)s)")
+    demo.add_argument("--seed", type=_from_zero, default=0, help="seed of images and training (default: %(default)s)")
 
 
 def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -89,7 +93,7 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="'backbone' (train the head only), 'statistics' (BatchNorm keeps the base's), or a regular expression "
         "over tensor names; may be repeated",
     )
-    train.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    train.add_argument("--seed", type=_from_zero, default=0, help="(default: %(default)s)")
     _device(train)
     _output(train)
 
@@ -111,22 +115,24 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     push.add_argument("folder", metavar="DIR")
     push.add_argument("repo", metavar="REPO", help="Hub repo, or a local folder to make")
     push.add_argument("--public", action="store_true", help="make a new Hub repo public")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main); made if missing")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
 
 
 def _coordinator(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = _command(actions, "inspect", "norms of vectors and cosines between them")
     inspect.add_argument("vectors", metavar="REF", nargs="+")
-    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="write the cosines as a heat map")
+    inspect.add_argument("--plot", type=_picture, metavar="FILE.png", help="write the cosines as a heat map")
     _json(inspect)
 
     plan = _command(actions, "plan", "what merge would do, or every reason why it cannot")
-    plan.add_argument("recipe", metavar="RECIPE", type=Path)
+    plan.add_argument("recipe", metavar="RECIPE", type=_path)
     plan.add_argument("--lock", action="store_true", help="write RECIPE.lock.yaml with every input pinned")
     _json(plan)
 
     merge = _command(actions, "merge", "do what a recipe says; pushes when it has `push:`")
-    merge.add_argument("recipe", metavar="RECIPE", type=Path)
-    merge.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to make (default: the recipe's output)")
+    merge.add_argument("recipe", metavar="RECIPE", type=_path)
+    merge.add_argument("-o", "--output", type=_path, metavar="DIR", help="folder to make (default: as in the recipe)")
     merge.add_argument("--no-push", action="store_true", help="do not push, whatever the recipe says")
     _device(merge)
     _json(merge)
@@ -147,7 +153,7 @@ def _reference(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="folder to make")
 
 
 def _json(command: argparse.ArgumentParser) -> None:
@@ -156,6 +162,26 @@ def _json(command: argparse.ArgumentParser) -> None:
 
 def _device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no such home folder: {text}") from None
+
+
+def _picture(text: str) -> Path:
+    if not text.endswith(".png") or not _path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a .png file in a folder that exists, got {text}")
+    return _path(text)
+
+
+def _from_zero(text: str) -> int:
+    value = _number(text)
+    if value < 0 or value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
+    return int(value)
 
 
 def _number(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from hf_datavec import evaluate as evaluation
 from hf_datavec import hub, models, recalibrate, report, study_base, tensors
 from hf_datavec import merge as fusing
 from hf_datavec.card import Fusion, fused_card
-from hf_datavec.errors import InputError, RunError
+from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet, open_images
@@ -65,12 +65,11 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     gram = Gram()
     with staged(output) as folder:
         digest = _write_weights(prepared.plan, folder, place, gram)
-        study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels)
-        _check(prepared.plan, folder)
+        recipe = prepared.recipe
+        study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         restoration, digest = _restore(prepared.plan, folder, public, place, digest)
         measured = _measure(prepared.recipe, folder, test, place)
-        content = prepared.path.read_text("utf-8")
-        fusion = Fusion(output.name, prepared.plan, gram.geometry(), restoration, measured, content)
+        fusion = Fusion(output.name, prepared.plan, gram.geometry(), restoration, measured, prepared.text)
         _describe(prepared, fusion, folder, lock.text(prepared, public, folder=output))
     target = _pushed(prepared, output) if push and prepared.recipe.push else None
     return MergeResult(output, prepared.plan, digest, gram.geometry(), restoration, measured, target)
@@ -78,10 +77,10 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
 
 def _output(prepared: Prepared, output: Path | None) -> Path:
     if output is not None:
-        return output.absolute()
-    if prepared.recipe.output is None:
+        return output.expanduser().absolute()
+    if prepared.output is None:
         raise InputError(f"{prepared.path.name}: no 'output:' is given", hint="add output: ./fused, or use -o DIR")
-    return (prepared.folder / Path(prepared.recipe.output).expanduser()).resolve()
+    return prepared.output
 
 
 def _image_sets(prepared: Prepared) -> tuple[ImageSet | None, ImageSet | None]:
@@ -114,18 +113,6 @@ def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Recor
     (folder / tensors.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _check(plan: Plan, folder: Path) -> None:
-    """Hold what was written against the base, and load it where the head has changed. Raises: RunError."""
-    written = tensors.open_folder(folder).records
-    planned = {step.name: step.record for step in plan.steps}
-    for name in sorted(set(written) | set(planned)):
-        found, wanted = written.get(name), planned.get(name)
-        if found is None or wanted is None or (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
-            raise RunError(f"the result's tensor '{name}' is not as planned, and nothing was kept")
-    if plan.labels != plan.base.labels:
-        models.refuse_unloadable(folder)
-
-
 def _restore(plan: Plan, folder: Path, public: ImageSet | None, device: torch.device, digest: str) -> tuple[str, str]:
     """Restore BatchNorm statistics in the written folder; returns a sentence and the new content digest."""
     wanted = plan.recipe.recalibrate
@@ -138,16 +125,31 @@ def _restore(plan: Plan, folder: Path, public: ImageSet | None, device: torch.de
         count = min(wanted.count, len(public))
         layers = _measure_statistics(network, public, count, wanted.batch_size)
         restored = models.stored_statistics(network)
-        text = f"The statistics of {layers} BatchNorm layers were re-estimated on {count} images of `{public.text}`."
+        named = public.fetched.reference.identity
+        text = f"The statistics of {layers} BatchNorm layers were re-estimated on {count} images of `{named}`."
     else:
         restored = recalibrate.moments(plan.base, plan.contributions)
         text = f"The statistics of {len(restored) // 2} BatchNorm layers were combined from the sites' own."
     stored = tensors.open_folder(folder)
+    _refuse_broken(restored, stored)
     before = {name: plan.base.tensors.read(name) for name in restored}
     tensors.overwrite(stored.records, restored)
     change = recalibrate.largest_change(before, restored)
     log.info("BatchNorm means moved by up to %.1f standard deviations of the base's", change)
     return text, tensors.open_folder(folder).digest
+
+
+def _refuse_broken(restored: Mapping[str, torch.Tensor], stored: tensors.StoredTensors) -> None:
+    """Raise InputError when restored statistics are NaN or infinite, or become so in the type they are stored in."""
+    import torch
+
+    for name, value in sorted(restored.items()):
+        dtype = stored.records[name].dtype
+        if not bool(torch.isfinite(value.to(getattr(torch, tensors.TORCH_NAMES[dtype]))).all()):
+            raise InputError(
+                f"the restored statistics '{name}' are not finite in {dtype}",
+                hint="the fused weights are too large: use a smaller scale, or dtype: float32",
+            )
 
 
 def _measure_statistics(network: models.Network, public: ImageSet, count: int, batch_size: int) -> int:
@@ -168,6 +170,7 @@ def _measure_statistics(network: models.Network, public: ImageSet, count: int, b
 def _measure(recipe: Recipe, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:
     """The metrics of the written model, loaded as its users will load it."""
     if images is None or recipe.evaluate is None:
+        models.refuse_unloadable(folder)
         return None
     network = models.load(folder, device=device)
     return evaluation.evaluate_network(network, images, batch_size=recipe.evaluate.batch_size)
@@ -190,6 +193,6 @@ def _describe(prepared: Prepared, fusion: Fusion, folder: Path, locked: str) -> 
 def _pushed(prepared: Prepared, output: Path) -> str:
     wanted = prepared.recipe.push
     assert wanted is not None
-    to = hub.parse(wanted.repo, relative_to=prepared.folder)
-    names = ", ".join(prepared.order)
-    return hub.push(output, to, private=wanted.private, message=f"Fuse {names} by {prepared.recipe.merge.method}")
+    to = hub.parse(wanted.repo, relative_to=prepared.folder, revision=wanted.revision)
+    message = f"Fuse {len(prepared.order)} task vectors by {prepared.recipe.merge.method}"
+    return hub.push(output, to, private=wanted.private, message=message, create_pr=wanted.create_pr)

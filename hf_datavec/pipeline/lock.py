@@ -38,10 +38,13 @@ def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
             recipe[section]["images"] = _moved(recipe[section]["images"], recipe_folder, folder)
     if public:
         recipe["recalibrate"]["images"] = pinned(public.fetched, folder)
-    if recipe.get("output"):
-        recipe["output"] = _relative((recipe_folder / recipe["output"]).absolute(), folder)
+    recipe.pop("output", None)
+    if prepared.output and prepared.output != folder:  # a lock inside the result cannot name its own folder
+        recipe["output"] = _relative(prepared.output, folder)
+    if recipe.get("push"):
+        recipe["push"]["repo"] = _moved(recipe["push"]["repo"], recipe_folder, folder)
     recipe["lock"] = {
-        "base": _locked(plan.base_fetched, plan.base.tensors.digest, folder),
+        "base": _locked(plan.base_fetched, plan.base_digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
         **({"calibration": _locked(public.fetched, public.digest, folder)} if public else {}),
         "tools": tool_versions(),
@@ -55,9 +58,10 @@ def _entry(entry: Any, name: str, reference: str) -> dict[str, Any]:
     return found if entry.weight is None else {**found, "weight": entry.weight}
 
 
-def _locked(fetched: Fetched, digest: str, folder: Path) -> dict[str, Any]:
+def _locked(fetched: Fetched, digest: str | None, folder: Path) -> dict[str, Any]:
     commit = {"commit": fetched.commit} if fetched.commit else {}
-    return {"reference": pinned(fetched, folder), **commit, "digest": digest}
+    known = {"digest": digest} if digest else {}
+    return {"reference": pinned(fetched, folder), **commit, **known}
 
 
 def pinned(fetched: Fetched, folder: Path) -> str:

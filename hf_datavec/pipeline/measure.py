@@ -47,6 +47,8 @@ def inspect(references: list[str], *, plot: Path | None = None) -> Inspection:
     vectors = [(one, open_vector(one.folder)) for one in fetched]
     first = vectors[0][1]
     names = [name for name, entry in first.manifest.stored.items() if entry.role == "weight"]
+    if not names:
+        raise InputError(f"the vector '{first.folder}' holds no weights")
     for one, vector in vectors[1:]:
         shapes = {name: entry.shape for name, entry in vector.manifest.stored.items()}
         if any(shapes.get(name) != first.manifest.tensors[name].shape for name in names):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_datavec import hub
 from hf_datavec import plan as planning
 from hf_datavec import recipe as recipes
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
-from hf_datavec.errors import InputError, raise_all
+from hf_datavec.errors import InputError, listed, raise_all
+from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet, open_images
 from hf_datavec.plan import Contribution, Plan
 from hf_datavec.recipe import ModelEntry, Recipe, VectorEntry
+from hf_datavec.staging import refuse_existing
 from hf_datavec.tuned import fitted
 from hf_datavec.vector import TunedDifferences, open_vector
 
@@ -26,25 +29,69 @@ class Prepared:
     recipe: Recipe
     plan: Plan
     order: tuple[str, ...]  # the contributions' names as the recipe lists them
+    text: str  # the recipe as it was when it was read
+
+    @property
+    def output(self) -> Path | None:
+        """Where the recipe wants its result."""
+        wanted = self.recipe.output
+        return Path(os.path.normpath(self.folder / Path(wanted).expanduser())) if wanted else None
 
     @property
     def folder(self) -> Path:
         return self.path.absolute().parent
 
 
-def prepare(path: Path) -> Prepared:
-    """Read a recipe, fetch what it names and plan the merge.
+def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
+    """Read a recipe, fetch what it names and plan the merge; with `headers_only` no large file is downloaded.
 
     Raises: InputErrors with every reason why it cannot be done.
     """
     recipe = recipes.load(path)
-    folder = path.absolute().parent
-    base = hub.fetch(hub.parse(recipe.base, relative_to=folder))
+    references = _references(recipe, path.absolute().parent)
+    if not headers_only and any(reference.repo for reference in references):
+        # Headers first: a refusal must not cost a download. Their commits then pin what is downloaded, so that
+        # a branch which moves in between changes nothing.
+        early = prepare(path, headers_only=True)
+        by_name = {one.name: one.fetched for one in early.plan.contributions}
+        seen = (early.plan.base_fetched, *(by_name[name] for name in early.order))
+        references = tuple(_pinned(one.reference, one.commit) for one in seen)
+    base = hub.fetch(references[0], headers_only=headers_only)
     checkpoint = open_checkpoint(base.folder)
-    contributions, errors = _contributions(recipe, folder, checkpoint)
-    raise_all(errors)
+    contributions, errors = _contributions(recipe, references[1:], checkpoint, headers_only)
+    raise_all([*errors, *_reference_errors(recipe, path.absolute().parent, checkpoint)])
     made = planning.make(recipe, base, checkpoint, contributions)
-    return Prepared(path, recipe, made, tuple(one.name for one in contributions))
+    order = tuple(one.name for one in contributions)
+    return Prepared(path, recipe, made, order, path.read_text("utf-8"))
+
+
+def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
+    """The base's reference and the contributions', in the recipe's order."""
+    base = hub.parse(recipe.base, relative_to=folder)
+    return (base, *(_reference(entry, folder) for entry in recipe.entries))
+
+
+def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
+    """What is wrong with images and push targets, so that it is known before anything is computed."""
+    for section in (recipe.recalibrate if base.has_statistics else None, recipe.evaluate):
+        if section and section.images:
+            try:
+                found = hub.parse(section.images, relative_to=folder)
+                if found.path is not None and not found.path.is_dir():
+                    yield InputError(f"there is no folder '{found.path}'")
+            except InputError as error:
+                yield error
+    if recipe.push:
+        try:
+            to = hub.parse(recipe.push.repo, relative_to=folder, revision=recipe.push.revision)
+            if to.path is not None:
+                refuse_existing(to.path)
+        except InputError as error:
+            yield error
+
+
+def _pinned(reference: hub.Reference, commit: str | None) -> hub.Reference:
+    return replace(reference, revision=commit) if reference.repo else reference
 
 
 def calibration_images(prepared: Prepared) -> ImageSet | None:
@@ -61,23 +108,32 @@ def calibration_images(prepared: Prepared) -> ImageSet | None:
     return images
 
 
-def _contributions(recipe: Recipe, folder: Path, base: Checkpoint) -> tuple[tuple[Contribution, ...], list[InputError]]:
+def _contributions(
+    recipe: Recipe, references: Sequence[hub.Reference], base: Checkpoint, headers_only: bool
+) -> tuple[tuple[Contribution, ...], list[InputError]]:
     found, errors = [], []
-    names = _names(recipe, folder)
-    for entry, name in zip(recipe.entries, names, strict=True):
+    names = _names(recipe, references)
+    for entry, name, reference in zip(recipe.entries, names, references, strict=True):
         try:
-            found.append(_contribution(entry, name, folder, base))
+            fetched = hub.fetch(reference, headers_only=headers_only)
+            found.append(_contribution(entry, name, fetched, base))
         except InputError as error:  # the next sites may be wrong as well: tell all at once
             errors.append(error)
     return tuple(found), errors
 
 
-def _names(recipe: Recipe, folder: Path) -> list[str]:
+def _names(recipe: Recipe, references: Sequence[hub.Reference]) -> list[str]:
     """A name for each contribution: as given, else the folder's or repo's own, made unique by its position."""
-    parsed = [_reference(entry, folder) for entry in recipe.entries]
-    names = [entry.name or reference.name for entry, reference in zip(recipe.entries, parsed, strict=True)]
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
+    given = [entry.name for entry in recipe.entries if entry.name]
+    repeated = {name for name in given if given.count(name) > 1}
+    if repeated:
+        raise InputError(f"two vectors are named {listed(repeated)}", hint="give each vector a name of its own")
+    names: list[str] = []
+    for index, (entry, reference) in enumerate(zip(recipe.entries, references, strict=True), start=1):
+        name = entry.name or reference.name
+        alone = entry.name or sum(other.name == name for other in references) == 1
+        names.append(name if alone and name not in names else f"{name}#{index}")
+    return names
 
 
 def _reference(entry: VectorEntry | ModelEntry, folder: Path) -> hub.Reference:
@@ -85,12 +141,11 @@ def _reference(entry: VectorEntry | ModelEntry, folder: Path) -> hub.Reference:
     return hub.parse(text, relative_to=folder, revision=entry.revision)
 
 
-def _contribution(entry: VectorEntry | ModelEntry, name: str, folder: Path, base: Checkpoint) -> Contribution:
-    fetched = hub.fetch(_reference(entry, folder))
+def _contribution(entry: VectorEntry | ModelEntry, name: str, fetched: Fetched, base: Checkpoint) -> Contribution:
     weight = 1.0 if entry.weight is None else entry.weight
     if isinstance(entry, ModelEntry):
         tuned = open_checkpoint(fetched.folder)
         source = TunedDifferences(base, fitted(str(fetched.folder), tuned.tensors, tuned.labels, base))
-        return Contribution(name, fetched, source, weight, tuned.tensors.digest)
+        return Contribution(name, fetched, source, weight, "" if fetched.hollow else tuned.tensors.digest)
     vector = open_vector(fetched.folder)
     return Contribution(name, fetched, vector, weight, vector.manifest.digest)

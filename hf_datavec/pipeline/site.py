@@ -9,10 +9,10 @@ from pathlib import Path
 from hf_datavec import finetune as training
 from hf_datavec import hub, study_base, vector
 from hf_datavec.card import vector_card
-from hf_datavec.checkpoint import open_checkpoint
+from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import open_images
-from hf_datavec.manifest import MANIFEST_FILE, BaseIdentity, Manifest
+from hf_datavec.manifest import MANIFEST_FILE, Manifest
 from hf_datavec.models import load
 from hf_datavec.pipeline import device as devices
 from hf_datavec.staging import partial_path, refuse_existing, staged
@@ -75,9 +75,12 @@ def diff(
         study_base.refuse_labels(labels)
     fetched = hub.fetch(hub.parse(base))
     checkpoint = open_checkpoint(fetched.folder)
-    place = Path(tuned).expanduser()
-    place = place if place.exists() else hub.fetch(hub.parse(tuned)).folder
-    network = open_tuned(place, checkpoint, labels=labels)
+    place = hub.fetch(hub.parse(tuned)).folder
+    if (place.parent / MANIFEST_FILE).exists() and place.is_file():
+        raise InputError(f"'{tuned}' is a file of a vector, not a tuned model")
+    network = open_tuned(place, checkpoint, labels=labels, text=tuned)
+    if with_statistics and not set(checkpoint.named(Role.STATISTIC)) <= set(network.names):
+        raise InputError(f"'{tuned}' holds no BatchNorm statistics", hint="leave --with-statistics out")
     record = training.read_record(place) if place.is_dir() else {}
     if share_counts and not record.get("examples"):
         raise InputError(
@@ -88,7 +91,7 @@ def diff(
         manifest = vector.write(
             folder,
             vector.TunedDifferences(checkpoint, network),
-            BaseIdentity(id=fetched.reference.identity, commit=fetched.commit, digest=checkpoint.tensors.digest),
+            vector.base_identity(fetched, checkpoint),
             with_statistics=with_statistics,
             examples=record.get("examples") if share_counts else None,
             training=record.get("settings"),
@@ -97,7 +100,7 @@ def diff(
     return manifest
 
 
-def push(folder: str, to: str, *, private: bool = True) -> str:
+def push(folder: str, to: str, *, private: bool = True, revision: str | None = None, create_pr: bool = False) -> str:
     """Send a vector or model folder to a local place or a Hub repo; returns where it went.
 
     Raises: InputError for a folder that is neither, or is damaged.
@@ -111,4 +114,5 @@ def push(folder: str, to: str, *, private: bool = True) -> str:
     else:
         open_checkpoint(source.path)
         message = f"Add the model {source.name}"
-    return hub.push(source.path, hub.parse(to), private=private, message=message)
+    target = hub.parse(to, revision=revision)
+    return hub.push(source.path, target, private=private, message=message, create_pr=create_pr)

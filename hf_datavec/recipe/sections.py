@@ -87,10 +87,12 @@ class Evaluate(_Section):
 
 
 class Push(_Section):
-    """Where the fused model goes: a Hub repo or a local folder."""
+    """Where the fused model goes: a Hub repo or a local folder; `create_pr` proposes it instead."""
 
     repo: Text
     private: bool = True
+    revision: Text | None = None
+    create_pr: bool = False
 
 
 class LockedInput(_Section):
@@ -98,7 +100,7 @@ class LockedInput(_Section):
 
     reference: Text
     commit: Text | None = None
-    digest: Text
+    digest: Text | None = None
 
 
 class Lock(_Section):

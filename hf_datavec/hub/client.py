@@ -1,0 +1,97 @@
+"""The Hub's own client, and what it raises in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hf_datavec.errors import InputError, RunError
+from hf_datavec.progress import wanted
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+LOGIN = "log in with `hf auth login` or set HF_TOKEN, and ask the owner for access"
+
+
+def client(token: str | bool | None = None) -> HfApi:
+    """The client for the Hub that HF_ENDPOINT names; telemetry is off unless the user asked for it."""
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        from huggingface_hub import constants
+
+        # A hospital's tool reports nothing to anybody; both names are the client's own.
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+    from huggingface_hub import HfApi, logging
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # its retries name signed addresses, and our own message says what failed
+    if not wanted():
+        disable_progress_bars()
+    return HfApi(library_name="hf-datavec", token=token)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn what the client raises into one message that names the repo, what was seen and the next step."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined] # httpx or its successor, whichever is in use
+
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise InputError(f"the Hub repo {what} has no such revision", hint="check the branch, tag or commit") from None
+    except errors.GatedRepoError:
+        raise InputError(f"the Hub repo {what} is gated", hint="ask for access on its page, then log in") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"there is no Hub repo {what}, or you may not see it", hint=LOGIN) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise InputError(
+            f"the Hub repo {what} is not in the cache, and the Hub cannot be reached",
+            hint="check HF_HUB_OFFLINE, HF_ENDPOINT and the network, or fetch it once while online",
+        ) from None
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"the Hub repo {what} lacks a file: {_first_line(error)}") from None
+    except errors.HfHubHTTPError as error:
+        raise _refused(what, error) from None
+    except errors.HFValidationError as error:
+        raise InputError(f"the Hub's client refuses {what}: {_first_line(error)}") from None
+    except httpx.HTTPError as error:
+        raise RunError(f"the connection to the Hub broke for {what} ({type(error).__name__})", hint=AGAIN) from None
+    except ConnectionError as error:
+        raise _unreachable(what, error) from None
+    except RuntimeError as error:  # what the client wraps a failed upload in
+        raise RunError(f"the upload to {what} broke: {_first_line(error)}", hint=AGAIN) from None
+
+
+AGAIN = "run the same command again; what is complete is not sent or fetched twice"
+
+
+def _refused(what: str, error: Exception) -> Exception:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = getattr(error, "server_message", None)
+    reason = f": {said}" if said else ""
+    if status in (401, 403):
+        return InputError(f"the Hub refuses access to {what} ({status}){reason}", hint=LOGIN)
+    if status == 412:
+        return RunError(f"{what} changed on the Hub while we worked, and nothing was written", hint="run it again")
+    if status == 409:
+        return RunError(f"the Hub reports a conflict for {what}{reason}", hint="run it again")
+    if status == 429:
+        return RunError(f"the Hub asks to slow down for {what} (429)", hint="wait a minute and run it again")
+    return RunError(f"the Hub answered {status} for {what}{reason}", hint=AGAIN)
+
+
+def _unreachable(what: str, error: Exception) -> Exception:
+    if "xet" in str(error):
+        return RunError(
+            f"the server of {what} has no xet storage",
+            hint="set HF_HUB_DISABLE_XET=1 to send large files by LFS",
+        )
+    return RunError(f"the Hub cannot be reached for {what} ({type(error).__name__})", hint=AGAIN)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
