@@ -12,6 +12,8 @@ from hf_datavec.errors import InputError
 # A recipe is a page of text; these bounds only stop files that were built to exhaust memory.
 LARGEST_FILE = 1_000_000
 MOST_NODES = 100_000
+# What is shown of a line in a message.
+LONGEST_LINE = 160
 
 # The only tags of mappings and sequences that carry no request to build something else.
 PLAIN = {"mapping": "map", "sequence": "seq"}
@@ -61,13 +63,15 @@ class Document:
         `about` is what the message names when it is not `path` itself: a wrong key is a fault of its mapping.
         """
         span = self._span(path, at)
-        text = self.lines[span.line] if span.line < len(self.lines) else ""
+        text, column = _window(self.lines[span.line] if span.line < len(self.lines) else "", span.column)
         number = str(span.line + 1)
         where = dotted(path if about is None else about)
         head = f"{self.name}:{number}:{span.column + 1}: {where + ': ' if where else ''}{message}"
         gutter = " " * len(number)
-        width = max(1, min(span.width, max(1, len(text) - span.column)))
-        shown = f"{head}\n  {number} | {text}\n  {gutter} | {' ' * span.column}{'^' * width}"
+        width = max(1, min(span.width, max(1, len(text) - column)))
+        # Tabs stay tabs, so that the caret stands below its word whatever their width.
+        indent = "".join("\t" if letter == "\t" else " " for letter in text[:column].ljust(column))
+        shown = f"{head}\n  {number} | {text}\n  {gutter} | {indent}{'^' * width}"
         return LocatedError(shown, hint=hint, span=span)
 
     def _span(self, path: KeyPath, at: Literal["key", "value"]) -> Span:
@@ -80,6 +84,14 @@ class Document:
             path = path[:-1]
             first, second = self.keys, self.values  # the place of the parent is its key
         return self.values.get((), Span(0, 0, 1))
+
+
+def _window(line: str, column: int) -> tuple[str, int]:
+    """The part of a long line around a column, and where the column is in it."""
+    if len(line) <= LONGEST_LINE:
+        return line, column
+    start = max(0, column - LONGEST_LINE // 2)
+    return line[start : start + LONGEST_LINE], column - start
 
 
 def dotted(path: KeyPath) -> str:

@@ -260,11 +260,13 @@ def _site_values(base: Checkpoint, contributions: Sequence[Contribution], name: 
     return [own + one.source.read(name).double() for one in contributions]
 
 
-def largest_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float:
-    """The largest shift of a channel's mean, in standard deviations of the statistics before."""
-    worst = 0.0
-    for name, mean in after.items():
+def median_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float:
+    """How far the channels' means moved: the median, in standard deviations of the statistics before."""
+    import torch
+
+    shifts = []
+    for name, mean in sorted(after.items()):
         if name.endswith("running_mean") and name in before:
             spread = before[name.removesuffix("running_mean") + "running_var"].double().clamp(min=1e-12).sqrt()
-            worst = max(worst, float(((mean.double() - before[name].double()) / spread).abs().max()))
-    return worst
+            shifts.append(((mean.double() - before[name].double()) / spread).abs())
+    return float(torch.cat(shifts).median()) if shifts else 0.0

@@ -60,8 +60,7 @@ def run(out: Path, *, seed: int, command: Callable[[Sequence[str]], int], say: C
     """
     refuse_existing(out)
     shell = Shell(command, say)
-    place = out if out.is_absolute() else Path(".") / out
-    root = str(place) if out.is_absolute() else f"./{place}"
+    root = str(out) if out.is_absolute() else f"./{out}"
     shell.step("A network with real ImageNet weights, and real digits as four scanners show them")
     write_network(out / "imagenet")
     write_images(out / "images", seed=seed)
@@ -97,6 +96,7 @@ def _finish(out: Path, root: str, comparison: Comparison, shell: Shell, seed: in
     results: dict[str, Any] = {"seed": seed, "seconds": round(seconds, 1), **asdict(comparison)}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     comparison.plot(out / "accuracy.png")
+    root = shlex.quote(root)
     shell.say(f"\n{comparison.table()}\n\n{comparison.reading()}\n")
     shell.say(f"plots: {root}/accuracy.png {root}/cosines.png   numbers: {root}/results.json   {seconds:.0f} s in all")
     shell.say(

@@ -124,9 +124,13 @@ def _restore(plan: Plan, folder: Path, public: ImageSet | None, device: torch.de
         network = models.load(folder, device=device)
         count = min(wanted.count, len(public))
         layers = _measure_statistics(network, public, count, wanted.batch_size)
+        if not layers:
+            problem = f"'{plan.base.folder}' stores running statistics, but none of its layers is a BatchNorm"
+            raise InputError(problem, hint="use recalibrate: {mode: none}")
         restored = models.stored_statistics(network)
         named = public.fetched.reference.identity
-        text = f"The statistics of {layers} BatchNorm layers were re-estimated on {count} images of `{named}`."
+        images = "1 image" if count == 1 else f"{count} images"
+        text = f"The statistics of {layers} BatchNorm layers were re-estimated on {images} of `{named}`."
     else:
         restored = recalibrate.moments(plan.base, plan.contributions)
         text = f"The statistics of {len(restored) // 2} BatchNorm layers were combined from the sites' own."
@@ -134,8 +138,8 @@ def _restore(plan: Plan, folder: Path, public: ImageSet | None, device: torch.de
     _refuse_broken(restored, stored)
     before = {name: plan.base.tensors.read(name) for name in restored}
     tensors.overwrite(stored.records, restored)
-    change = recalibrate.largest_change(before, restored)
-    log.info("BatchNorm means moved by up to %.1f standard deviations of the base's", change)
+    change = recalibrate.median_change(before, restored)
+    log.info("BatchNorm means moved by %.2f standard deviations of the base's (median of all channels)", change)
     return text, tensors.open_folder(folder).digest
 
 

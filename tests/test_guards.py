@@ -1,0 +1,141 @@
+"""What is kept back, noticed late or refused early, so that no wrong result looks like a right one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from networks import make_images, make_network, make_vector, save_with, tune, write_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+WEIGHTS = "model.safetensors"
+
+
+def test_a_push_never_sends_images_or_counts(study, run):
+    make_images(study / "tuned-site-a" / "patients")
+    make_images(study / "tuned-site-a", labels=("x",), each=1)
+    (study / "tuned-site-a" / "scan.png").write_bytes(b"x")
+    (study / "tuned-site-a" / "training.json").write_text('{"examples": {"cat": 3}}')
+    assert run("push", "tuned-site-a", "./pushed").code == 0
+    assert {path.name for path in (study / "pushed").rglob("*")} == {"config.json", WEIGHTS}
+
+
+@pytest.mark.parametrize("kind", ["test_resnet", "resnet"])
+def test_the_dtype_of_the_recipe_is_what_from_pretrained_loads(kind, tmp_path, run):
+    original = load_file(make_network(kind, tmp_path / "full") / WEIGHTS)
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in original.items()}
+    base = save_with(tmp_path / "full", tmp_path / "base", half)
+    config = json.loads((base / "config.json").read_text())
+    config.get("model_args", {}).pop("num_classes", None)
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    make_vector(base, tune(base, tmp_path / "tuned", seed=1), tmp_path / "site")
+    for dtype in ("float32", "float16"):
+        recipe = write_recipe(tmp_path / "r.yaml", base="./base", vectors=["./site"], dtype=dtype, output=f"./{dtype}")
+        assert run("merge", recipe).code == 0
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / dtype)
+        assert loaded.dtype == getattr(torch, dtype)
+
+
+def test_a_base_whose_configuration_is_of_another_network_gives_no_result(study, run):
+    other = json.loads((make_network("test_efficientnet", study / "other") / "config.json").read_text())
+    ours = json.loads((study / "base" / "config.json").read_text())
+    (study / "base" / "config.json").write_text(json.dumps({**ours, "architecture": other["architecture"]}))
+    outcome = run("merge", "recipe.yaml")
+    assert outcome.code == 1
+    assert "the result does not load and was not kept" in outcome.err
+    assert not (study / "fused").exists()
+
+
+def test_statistics_that_overflow_are_refused(study, run):
+    recipe = write_recipe(
+        study / "r.yaml", base="./base", vectors=["./site-a"], output="./fused",
+        merge={"scale": 1e18}, recalibrate={"images": "./images"},
+    )  # fmt: skip
+    outcome = run("merge", recipe)
+    assert outcome.code == 2
+    assert "are not finite in F32" in outcome.err
+    assert not (study / "fused").exists()
+
+
+def test_a_manifest_edited_by_hand_is_refused(study, run):
+    path = study / "site-a" / "datavec.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "labels": manifest["labels"][::-1]}))
+    outcome = run("merge", "recipe.yaml")
+    assert outcome.code == 2
+    assert "datavec.json' was changed after it was written" in outcome.err
+
+
+def test_wrong_images_and_push_targets_are_refused_by_the_plan(study, run):
+    (study / "taken").mkdir()
+    recipe = write_recipe(
+        study / "r.yaml", base="./base", vectors=["./site-a"], output="./fused", push={"repo": "./taken"},
+        recalibrate={"images": "./nowhere"}, evaluate={"images": "./nowhere2"},
+    )  # fmt: skip
+    for command in ("plan", "merge"):
+        outcome = run(command, recipe)
+        assert outcome.code == 2
+        assert [line.partition("/no")[2] for line in outcome.err.splitlines()[:2]] == ["where'", "where2'"]
+        assert f"error: output '{study / 'taken'}' already exists" in outcome.err
+    assert not (study / "fused").exists()
+
+
+def test_the_lock_in_a_result_makes_it_again_elsewhere(study, run):
+    assert run("merge", "recipe.yaml").code == 0
+    refused = run("merge", "fused/recipe.lock.yaml")
+    assert refused.code == 2
+    assert "no 'output:' is given" in refused.err
+    assert run("merge", "fused/recipe.lock.yaml", "-o", "again").code == 0
+    assert (study / "again" / WEIGHTS).read_bytes() == (study / "fused" / WEIGHTS).read_bytes()
+
+
+def test_two_vectors_of_one_name_are_refused(study, run):
+    entries = [{"vector": "./site-a", "name": "A"}, {"vector": "./site-b", "name": "A"}]
+    outcome = run("plan", write_recipe(study / "r.yaml", base="./base", vectors=entries))
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: two vectors are named 'A'\n")
+
+
+def test_a_weighted_difference_is_allowed_and_an_average_with_negative_weights_is_not(study, run):
+    entries = [{"vector": "./site-a", "weight": 1}, {"vector": "./site-b", "weight": -1}]
+    for normalize, code in ((False, 0), (True, 2)):
+        recipe = write_recipe(
+            study / "r.yaml", base="./base", vectors=entries, output=f"./f{code}",
+            merge={"method": "linear", "options": {"normalize": normalize}},
+        )  # fmt: skip
+        assert run("merge", recipe).code == code
+
+
+def test_an_evaluation_on_one_class_is_valid_json(study, run):
+    make_images(study / "one", labels=("dog",))
+    outcome = run("evaluate", "base", "one", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["metrics"]["auroc"]["value"] is None
+    assert "not defined" in run("evaluate", "base", "one").out
+
+
+def test_a_training_that_diverges_leaves_nothing(study, run):
+    outcome = run("finetune", "base", "images", "-o", "tuned", "--epochs", 3, "--batch-size", 4, "--lr", 1e30)
+    assert outcome.code == 2
+    assert "the training diverged" in outcome.err
+    assert not list(study.glob(".tuned*"))
+    assert not (study / "tuned").exists()
+
+
+def test_a_last_batch_of_one_image_is_no_failure(study, run):
+    make_images(study / "seven", labels=("cat",), each=7)
+    outcome = run("finetune", "base", "seven", "-o", "tuned", "--epochs", 1, "--batch-size", 2)
+    assert outcome.code == 0, outcome.err
+
+
+def test_several_processes_are_refused_with_one_message(study):
+    command = [sys.executable, "-m", "hf_datavec", "plan", "recipe.yaml"]
+    done = subprocess.run(command, cwd=study, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: hf-datavec was started as 2 processes, but its commands run as one\n")
