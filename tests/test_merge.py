@@ -203,6 +203,7 @@ def test_a_sharded_base_gives_a_sharded_result_with_the_same_weights(study, run)
 def test_every_way_of_loading_gives_the_same_logits_labels_and_preprocessing(kind, tmp_path, run):
     import timm
     from PIL import Image
+    from sklearn.datasets import load_sample_image
     from timm.data import create_transform, resolve_model_data_config
     from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
@@ -212,7 +213,7 @@ def test_every_way_of_loading_gives_the_same_logits_labels_and_preprocessing(kin
         make_vector(base, tmp_path / f"t{seed}", tmp_path / f"v{seed}")
     make_images(tmp_path / "images", side=47)
     merge(tmp_path, run, vectors=["./v1", "./v2"], recalibrate={"images": "./images"}, merge={"method": "mean"})
-    picture = Image.open(tmp_path / "images" / "dog" / "000.png")
+    picture = Image.fromarray(load_sample_image("flower.jpg"))  # a real photograph, 640 x 427
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "fused").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "fused")
     pixels = processor(images=picture, return_tensors="pt")["pixel_values"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 from hf_datavec import __version__
 from hf_datavec.cli import commands
@@ -11,6 +12,8 @@ from hf_datavec.cli import commands
 EPILOG = """references: an existing folder or ./path, or a Hub repo as owner/name, owner/name@revision or
 hf://owner/name@revision. results go to stdout, progress and messages to stderr.
 exit codes: 0 done, 1 the run failed, 2 the input is wrong."""
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,21 +28,21 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"hf-datavec {__version__}")
     actions = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _demo(actions)
-    _site(actions)
+    _init(actions)
+    _finetune(actions)
+    _diff_and_push(actions)
     _coordinator(actions)
     _reference(actions)
     return top
 
 
-def _command(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str
-) -> argparse.ArgumentParser:
+def _command(actions: Commands, name: str, help: str) -> argparse.ArgumentParser:
     found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
     found.set_defaults(run=getattr(commands, name))
     return found
 
 
-def _demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _demo(actions: Commands) -> None:
     demo = _command(actions, "demo", "the whole loop on a real network and real images, offline")
     demo.add_argument(
         "--out",
@@ -51,7 +54,7 @@ def _demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo.add_argument("--seed", type=_from_zero, default=0, help="seed of images and training (default: %(default)s)")
 
 
-def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _init(actions: Commands) -> None:
     init = _command(actions, "init", "start a study: a pretrained model with agreed labels and a zero head")
     init.add_argument("base", metavar="BASE", help="pretrained model")
     init.add_argument("--labels", required=True, metavar="A,B,C", help="the labels that all sites agree on")
@@ -63,6 +66,8 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     _output(init)
 
+
+def _finetune(actions: Commands) -> None:
     train = _command(actions, "finetune", "train the study base on a site's images; an interrupted run goes on")
     train.add_argument("base", metavar="BASE", help="study base")
     train.add_argument("images", metavar="IMAGES", help="folder with a sub-folder per class, or a data set")
@@ -97,6 +102,8 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _device(train)
     _output(train)
 
+
+def _diff_and_push(actions: Commands) -> None:
     diff = _command(actions, "diff", "compute a site's vector: tuned minus base")
     diff.add_argument("base", metavar="BASE", help="study base")
     diff.add_argument(
@@ -119,7 +126,7 @@ def _site(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
 
 
-def _coordinator(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _coordinator(actions: Commands) -> None:
     inspect = _command(actions, "inspect", "norms of vectors and cosines between them")
     inspect.add_argument("vectors", metavar="REF", nargs="+")
     inspect.add_argument("--plot", type=_picture, metavar="FILE.png", help="write the cosines as a heat map")
@@ -146,7 +153,7 @@ def _coordinator(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
     _json(evaluate)
 
 
-def _reference(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _reference(actions: Commands) -> None:
     methods = _command(actions, "methods", "the merge methods: formula, options, source")
     _json(methods)
     _command(actions, "schema", "JSON Schema of the recipe, for editors")
