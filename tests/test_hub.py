@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -313,3 +317,108 @@ def test_a_server_without_xet_is_named(hub, template, tmp_path):
         "error: the server of 'consortium/base' has no xet storage\n"
         "  hint: set HF_HUB_DISABLE_XET=1 to send large files by LFS\n"
     )
+
+
+def test_a_coordinator_finds_the_vectors_of_an_org_and_gets_a_recipe(published, template, tmp_path):
+    """Only vectors that share a base go into the recipe; the others are named."""
+    other = tmp_path / "other"
+    base = load_file(template / "base" / WEIGHTS)
+    save_with(template / "base", other, {**base, "fc.bias": base["fc.bias"] + 1})
+    coordinator = Person("coordinator", tmp_path / "coordinator", published)
+    assert coordinator.run("diff", other, template / f"tuned-{SITES[0]}", "-o", "stray").returncode == 0
+    assert coordinator.run("push", "stray", "consortium/stray").returncode == 0
+    listed = coordinator.run("list", "consortium", "--json")
+    assert listed.returncode == 0, listed.stderr
+    found = json.loads(listed.stdout)
+    assert [one["vector"].partition("@")[0] for one in found] == [
+        *(f"consortium/{site}" for site in SITES),
+        "consortium/stray",
+    ]
+    assert [one["fits"] for one in found] == [True, True, True, False]
+    assert all(len(one["vector"].partition("@")[2]) == 40 for one in found)
+    written = coordinator.run("recipe", "consortium", "-o", "all.yaml")
+    assert written.returncode == 0, written.stderr
+    assert "NO: another base" in written.stdout
+    text = (coordinator.folder / "all.yaml").read_text()
+    assert "stray" not in text
+    merged = coordinator.run("merge", "all.yaml")
+    assert merged.returncode == 0, merged.stderr
+    stranger = Person("stranger", tmp_path / "stranger", published)
+    refused = stranger.run("list", "consortium")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: the Hub shows no task vectors of 'consortium'")
+
+
+def test_hostile_repos_are_named_and_never_followed_or_executed(published, template, tmp_path):
+    """A pickle beside the vector changes nothing; names that lead out, absurd headers and code are refused."""
+    marker = tmp_path / "executed"
+    client = api(published, "coordinator")
+    vector = f"consortium/{SITES[0]}"
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    good = published.repository(vector).refs["refs/heads/main"]
+    coordinator = Person("coordinator", tmp_path / "coordinator", published)
+    recipe(coordinator.folder)
+    for name in ("pytorch_model.bin", "evil.py"):
+        client.upload_file(repo_id=vector, path_in_repo=name, path_or_fileobj=pickle.dumps(Bomb()))
+    assert coordinator.run("merge", "recipe.yaml", "-o", "with-pickle").returncode == 0
+    fetched = list((coordinator.folder / "hf-home").rglob("*"))
+    assert not [path for path in fetched if path.name in ("pytorch_model.bin", "evil.py")]
+
+    def refused_with(files: dict[str, bytes], message: str, *, repo: str = vector, start: str = good) -> None:
+        repository = published.repository(repo)
+        commit = repository.resolve(start)
+        content = {**commit.files, **{name: repository.add_blob(name, data) for name, data in files.items()}}
+        added = repository.record(content, commit.id, "mallory", "hostile")
+        published.set_branch(repo, "main", added.id)
+        outcome = coordinator.run("merge", "recipe.yaml", "-o", "fused")
+        assert outcome.returncode == 2, outcome.stderr
+        assert message in outcome.stderr
+        assert not (coordinator.folder / "fused").exists()
+        published.set_branch(repo, "main", start)
+
+    refused_with({"../outside.json": b"{}"}, "files whose names lead out of their folder: '../outside.json'")
+    absurd = (5_000_000_000).to_bytes(8, "little") + b"{}" * 20
+    refused_with({"vector.safetensors": absurd}, "'vector.safetensors' of the Hub repo 'consortium/hospital-a' is not")
+    refused_with({"README.md": b"---\nbase_model: [\n---\n", "datavec.json": b"{"}, "datavec.json' is damaged")
+    config = json.loads((template / "base" / "config.json").read_text())
+    asking = json.dumps({**config, "auto_map": {"AutoModelForImageClassification": "evil.Net"}}).encode()
+    start = published.repository("consortium/base").refs["refs/heads/main"]
+    refused_with({"config.json": asking}, "asks to run code from its repo", repo="consortium/base", start=start)
+    assert not marker.exists()
+
+
+def test_a_link_in_a_folder_is_not_pushed(hub, template, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(template / "base", folder)
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "evaluation.json").symlink_to(tmp_path / "secret.json")
+    coordinator = Person("coordinator", tmp_path / "coordinator", hub)
+    assert coordinator.run("push", folder, "consortium/base").returncode == 0
+    assert "evaluation.json" not in api(hub, "coordinator").list_repo_files("consortium/base")
+
+
+def test_hf_datavec_is_an_extension_of_the_hf_command_line(tmp_path):
+    """Registered as `hf extensions install` does it: a manifest beside the installed command."""
+    place = tmp_path / ".local/share/hf/extensions/hf-datavec"
+    place.mkdir(parents=True)
+    command = Path(sys.executable).parent / "hf-datavec"
+    about = {
+        "owner": "hf-datavec", "repo": "hf-datavec", "repo_id": "hf-datavec/hf-datavec", "short_name": "datavec",
+        "executable_path": str(command), "type": "python", "installed_at": "2026-01-01T00:00:00+00:00",
+        "description": "Fuse task vectors", "commit_sha": "0" * 40,
+    }  # fmt: skip
+    (place / "manifest.json").write_text(json.dumps(about))
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    hf = [str(command.with_name("hf")), "datavec"]
+    shown = subprocess.run([*hf, "methods", "--json"], env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert {"sum", "mean", "linear"} <= set(json.loads(shown.stdout))
+    wrong = subprocess.run(
+        [*hf, "merge", "nowhere.yaml"], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: there is no file 'nowhere.yaml'\n"

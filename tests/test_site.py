@@ -296,3 +296,18 @@ def test_the_vector_of_one_site_is_the_same_when_made_twice(study, run):
     made = make_vector(study / "base", study / "tuned-site-a", study / "twice")
     for name in ("vector.safetensors", "datavec.json"):
         assert (made / name).read_bytes() == (study / "site-a" / name).read_bytes()
+
+
+def test_a_folder_of_vectors_is_listed_and_made_a_recipe(study, run):
+    (study / "vectors").mkdir()
+    for site in ("site-a", "site-b"):
+        assert run("push", site, f"./vectors/{site}").code == 0
+    found = json.loads(run("list", "./vectors", "--json").out)
+    assert [one["fits"] for one in found] == [True, True]
+    refused = run("recipe", "./vectors", "-o", "all.yaml")
+    assert refused.code == 2
+    assert "say where with --base" in refused.err
+    assert run("recipe", "./vectors", "-o", "all.yaml", "--base", "base").code == 0
+    assert run("merge", "all.yaml").code == 0
+    assert run("recipe", "./vectors", "-o", "all.yaml", "--base", "base").code == 2
+    assert run("list", "./images").code == 2

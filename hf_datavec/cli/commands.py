@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_datavec.evaluate import Evaluation
+    from hf_datavec.pipeline.discovery import Found
     from hf_datavec.plan import Plan
 
 # Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
@@ -284,3 +285,59 @@ def schema(options: Namespace) -> None:
     from hf_datavec import recipe
 
     _say_json(recipe.schema())
+
+
+def list_vectors(options: Namespace) -> None:
+    """Show the vectors of an org and which share a base."""
+    from hf_datavec.pipeline import discovery
+
+    found = discovery.vectors_of(options.owner)
+    if options.json:
+        return _say_json([_found_data(one) for one in found])
+    _say(_found_table(found))
+
+
+def write_recipe(options: Namespace) -> None:
+    """Write a recipe over the vectors of an org that fit together."""
+    from hf_datavec.pipeline import discovery
+
+    found = discovery.write_recipe(options.owner, options.output, base=options.base)
+    _say(_found_table(found))
+    _say(f"\nrecipe: {options.output}")
+
+
+def _found_table(found: list[Found]) -> str:
+    from hf_datavec.tables import table
+
+    rows = [
+        (
+            one.listed.reference.identity,
+            one.manifest.base.id,
+            short(one.manifest.base.digest),
+            one.listed.changed[:10] or "-",
+            ", ".join(one.manifest.labels[:6]) + (" ..." if len(one.manifest.labels) > 6 else ""),
+            str(sum(one.manifest.examples.values())) if one.manifest.examples else "not shared",
+            "yes" if one.fits else "NO: another base",
+        )
+        for one in found
+    ]
+    return table(("vector", "base", "base digest", "changed", "labels", "images", "fits"), rows)
+
+
+def _found_data(one: Found) -> dict[str, Any]:
+    return {
+        "vector": one.listed.reference.text,
+        "base": one.manifest.base.model_dump(exclude_none=True),
+        "changed": one.listed.changed or None,
+        "labels": one.manifest.labels,
+        "examples": one.manifest.examples,
+        "fits": one.fits,
+    }
+
+
+# The names that users type; two of them would hide Python's own inside this module.
+BY_NAME = {
+    "demo": demo, "init": init, "finetune": finetune, "diff": diff, "push": push, "inspect": inspect, "plan": plan,
+    "merge": merge, "evaluate": evaluate, "list": list_vectors, "recipe": write_recipe, "methods": methods,
+    "schema": schema,
+}  # fmt: skip

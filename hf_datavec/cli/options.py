@@ -32,13 +32,14 @@ def parser() -> argparse.ArgumentParser:
     _finetune(actions)
     _diff_and_push(actions)
     _coordinator(actions)
+    _discovery(actions)
     _reference(actions)
     return top
 
 
 def _command(actions: Commands, name: str, help: str) -> argparse.ArgumentParser:
     found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
-    found.set_defaults(run=getattr(commands, name))
+    found.set_defaults(run=commands.BY_NAME[name])
     return found
 
 
@@ -151,6 +152,17 @@ def _coordinator(actions: Commands) -> None:
     evaluate.add_argument("--batch-size", type=_positive, default=64, help="(default: %(default)s)")
     _device(evaluate)
     _json(evaluate)
+
+
+def _discovery(actions: Commands) -> None:
+    listing = _command(actions, "list", "the vectors of a Hub org, or of a local folder, and which fit together")
+    listing.add_argument("owner", metavar="ORG", help="name of the org, or a folder as ./folder")
+    _json(listing)
+
+    recipe = _command(actions, "recipe", "write a pinned recipe over all vectors of an org that fit together")
+    recipe.add_argument("owner", metavar="ORG", help="name of the org, or a folder as ./folder")
+    recipe.add_argument("--base", metavar="BASE", help="the base, if it is a local folder")
+    recipe.add_argument("-o", "--output", type=_path, required=True, metavar="RECIPE", help="file to make")
 
 
 def _reference(actions: Commands) -> None:

@@ -40,7 +40,7 @@ def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
         recipe["recalibrate"]["images"] = pinned(public.fetched, folder)
     recipe.pop("output", None)
     if prepared.output and prepared.output != folder:  # a lock inside the result cannot name its own folder
-        recipe["output"] = _relative(prepared.output, folder)
+        recipe["output"] = relative(prepared.output, folder)
     if recipe.get("push"):
         recipe["push"]["repo"] = _moved(recipe["push"]["repo"], recipe_folder, folder)
     recipe["lock"] = {
@@ -67,16 +67,17 @@ def _locked(fetched: Fetched, digest: str | None, folder: Path) -> dict[str, Any
 def pinned(fetched: Fetched, folder: Path) -> str:
     """The reference of what was fetched: a repo at its commit, or a path relative to `folder`."""
     if fetched.reference.path is not None:
-        return _relative(fetched.reference.path, folder)
+        return relative(fetched.reference.path, folder)
     return f"{fetched.reference.repo}@{fetched.commit}"
 
 
 def _moved(reference: str, old: Path, new: Path) -> str:
     parsed = hub.parse(reference, relative_to=old)
-    return reference if parsed.path is None else _relative(parsed.path, new)
+    return reference if parsed.path is None else relative(parsed.path, new)
 
 
-def _relative(path: Path, folder: Path) -> str:
+def relative(path: Path, folder: Path) -> str:
+    """A path as a recipe in `folder` writes it."""
     found = os.path.relpath(path, folder)
     return found if found.startswith("..") else f"./{found}"
 
