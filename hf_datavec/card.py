@@ -32,7 +32,7 @@ class Fusion:
     plots: tuple[tuple[str, str], ...] = ()
 
 
-def vector_card(manifest: Manifest, name: str) -> str:
+def vector_card(manifest: Manifest) -> str:
     """The card of a vector repo."""
     left_out = [entry_name for entry_name, entry in manifest.tensors.items() if not entry.stored]
     statistics = (
@@ -49,7 +49,7 @@ def vector_card(manifest: Manifest, name: str) -> str:
         else "The site does not share how many images it has."
     )
     body = f"""
-# {name}
+# Task vector on {manifest.base.id}
 
 A task vector: what fine-tuning changed in `{manifest.base.id}` at one site (tuned minus base weights).
 It is no model and does not load as one; `hf-datavec merge` adds several of them to the base.
@@ -73,7 +73,7 @@ It is no model and does not load as one; `hf-datavec merge` adds several of them
 ```yaml
 base: {manifest.base.id}
 vectors:
-  - owner/{name}
+  - owner/this-repo
 merge:
   method: mean
 ```

@@ -96,7 +96,7 @@ def diff(
             examples=record.get("examples") if share_counts else None,
             training=record.get("settings"),
         )
-        (folder / "README.md").write_text(vector_card(manifest, output.name), "utf-8")
+        (folder / "README.md").write_text(vector_card(manifest), "utf-8")
     return manifest
 
 
