@@ -7,15 +7,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from hf_datavec.evaluate import Evaluation
-    from hf_datavec.pipeline.discovery import Found
-    from hf_datavec.plan import Plan
-
-# Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
-READ_RATE = 1e9
+from typing import Any
 
 
 def _say(text: str) -> None:
@@ -136,6 +128,7 @@ def inspect(options: Namespace) -> None:
 
 
 def plan(options: Namespace) -> None:
+    from hf_datavec.cli.shown import plan_data, plan_lines
     from hf_datavec.pipeline import lock as locks
     from hf_datavec.pipeline.prepare import prepare
     from hf_datavec.tables import table
@@ -143,76 +136,16 @@ def plan(options: Namespace) -> None:
     prepared = prepare(options.recipe, headers_only=True)
     lock = locks.write(prepared) if options.lock else None
     if options.json:
-        return _say_json({**_plan_data(prepared.plan), "lock": str(lock) if lock else None})
-    _say(table(("plan", ""), _plan_lines(prepared.plan)))
+        return _say_json({**plan_data(prepared.plan), "lock": str(lock) if lock else None})
+    _say(table(("plan", ""), plan_lines(prepared.plan)))
     for note in prepared.plan.notes:
         _say(f"note: {note}")
     if lock:
         _say(f"lock: {lock}")
 
 
-def _plan_data(plan: Plan) -> dict[str, Any]:
-    return {
-        "base": plan.base_fetched.reference.identity,
-        "base_digest": plan.base_digest,
-        "vectors": [
-            {
-                "name": one.name,
-                "weight": one.weight,
-                "digest": one.digest,
-                "labels": one.labels,
-                "examples": one.examples,
-            }
-            for one in plan.contributions
-        ],
-        "labels": plan.labels,
-        "tensors": [
-            {"name": step.name, "role": step.role.value, "method": step.method.name, "scale": step.scale}
-            for step in plan.steps
-            if step.role.value in ("weight", "head")
-        ],
-        "download_bytes": plan.download_bytes,
-        "read_bytes": plan.read_bytes,
-        "write_bytes": plan.write_bytes,
-        "peak_bytes": plan.peak_bytes,
-        "notes": plan.notes,
-    }
-
-
-def short(digest: str | None) -> str:
-    """The first digits of a digest, as tables show it."""
-    return digest.partition(":")[2][:12] if digest else "digest not known yet"
-
-
-def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
-    from hf_datavec.tables import size
-
-    lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {short(plan.base_digest)})")]
-    lines += [
-        (f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {short(one.digest)}")
-        for one in sorted(plan.contributions, key=lambda one: one.name)
-    ]
-    methods: dict[tuple[str, float], int] = {}
-    for step in plan.steps:
-        if step.role.value in ("weight", "head"):
-            methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
-    lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
-    restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
-    lines += [
-        ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
-        ("recalibrate", restore),
-    ]
-    if plan.download_bytes:
-        lines.append(("downloads", size(plan.download_bytes)))
-    lines += [
-        ("reads", f"{size(plan.read_bytes)}, about {plan.read_bytes / READ_RATE:.1f} s at 1 GB/s"),
-        ("writes", size(plan.write_bytes)),
-        ("memory of the merge", size(plan.peak_bytes)),
-    ]
-    return lines
-
-
 def merge(options: Namespace) -> None:
+    from hf_datavec.cli.shown import evaluation_table
     from hf_datavec.pipeline import coordinator
 
     result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
@@ -233,7 +166,7 @@ def merge(options: Namespace) -> None:
             }
         )
     if result.evaluation:
-        _say(_evaluation_table(result.evaluation) + "\n")
+        _say(evaluation_table(result.evaluation) + "\n")
     _say(result.restoration)
     _say(f"fused model: {output}")
     if result.pushed_to:
@@ -245,6 +178,7 @@ def _near(path: Path) -> Path:
 
 
 def evaluate(options: Namespace) -> None:
+    from hf_datavec.cli.shown import evaluation_table
     from hf_datavec.pipeline import measure
 
     found = measure.evaluate(
@@ -252,13 +186,7 @@ def evaluate(options: Namespace) -> None:
     )
     if options.json:
         return _say_json(found.as_dict())
-    _say(_evaluation_table(found))
-
-
-def _evaluation_table(found: Evaluation) -> str:
-    from hf_datavec.tables import metric_rows, table
-
-    return table((f"{found.count} images of {found.images}", "% (95 % interval)"), metric_rows(found.metrics))
+    _say(evaluation_table(found))
 
 
 def methods(options: Namespace) -> None:
@@ -289,50 +217,23 @@ def schema(options: Namespace) -> None:
 
 def list_vectors(options: Namespace) -> None:
     """Show the vectors of an org and which share a base."""
+    from hf_datavec.cli.shown import found_data, found_table
     from hf_datavec.pipeline import discovery
 
     found = discovery.vectors_of(options.owner)
     if options.json:
-        return _say_json([_found_data(one) for one in found])
-    _say(_found_table(found))
+        return _say_json([found_data(one) for one in found])
+    _say(found_table(found))
 
 
 def write_recipe(options: Namespace) -> None:
     """Write a recipe over the vectors of an org that fit together."""
+    from hf_datavec.cli.shown import found_table
     from hf_datavec.pipeline import discovery
 
     found = discovery.write_recipe(options.owner, options.output, base=options.base)
-    _say(_found_table(found))
+    _say(found_table(found))
     _say(f"\nrecipe: {options.output}")
-
-
-def _found_table(found: list[Found]) -> str:
-    from hf_datavec.tables import table
-
-    rows = [
-        (
-            one.listed.reference.identity,
-            one.manifest.base.id,
-            short(one.manifest.base.digest),
-            one.listed.changed[:10] or "-",
-            ", ".join(one.manifest.labels[:6]) + (" ..." if len(one.manifest.labels) > 6 else ""),
-            str(sum(one.manifest.examples.values())) if one.manifest.examples else "not shared",
-            "yes" if one.fits else "NO: another base",
-        )
-        for one in found
-    ]
-    return table(("vector", "base", "base digest", "changed", "labels", "images", "fits"), rows)
-
-
-def _found_data(one: Found) -> dict[str, Any]:
-    return {
-        "vector": one.listed.reference.text,
-        "base": one.manifest.base.model_dump(exclude_none=True),
-        "changed": one.listed.changed or None,
-        "labels": one.manifest.labels,
-        "examples": one.manifest.examples,
-        "fits": one.fits,
-    }
 
 
 # The names that users type; two of them would hide Python's own inside this module.

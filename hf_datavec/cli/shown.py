@@ -1,0 +1,110 @@
+"""How results look: rows of tables, plain data for JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_datavec.tables import metric_rows, size, table
+
+if TYPE_CHECKING:
+    from hf_datavec.evaluate import Evaluation
+    from hf_datavec.pipeline.discovery import Found
+    from hf_datavec.plan import Plan
+
+# Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
+READ_RATE = 1e9
+
+
+def short(digest: str | None) -> str:
+    """The first digits of a digest, as tables show it."""
+    return digest.partition(":")[2][:12] if digest else "digest not known yet"
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data for JSON."""
+    return {
+        "base": plan.base_fetched.reference.identity,
+        "base_digest": plan.base_digest,
+        "vectors": [
+            {
+                "name": one.name,
+                "weight": one.weight,
+                "digest": one.digest,
+                "labels": one.labels,
+                "examples": one.examples,
+            }
+            for one in plan.contributions
+        ],
+        "labels": plan.labels,
+        "tensors": [
+            {"name": step.name, "role": step.role.value, "method": step.method.name, "scale": step.scale}
+            for step in plan.steps
+            if step.role.value in ("weight", "head")
+        ],
+        "download_bytes": plan.download_bytes,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "notes": plan.notes,
+    }
+
+
+def plan_lines(plan: Plan) -> list[tuple[str, str]]:
+    """A plan as the rows of a table."""
+    lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {short(plan.base_digest)})")]
+    lines += [
+        (f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {short(one.digest)}")
+        for one in sorted(plan.contributions, key=lambda one: one.name)
+    ]
+    methods: dict[tuple[str, float], int] = {}
+    for step in plan.steps:
+        if step.role.value in ("weight", "head"):
+            methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
+    lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
+    restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
+    lines += [
+        ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
+        ("recalibrate", restore),
+    ]
+    if plan.download_bytes:
+        lines.append(("downloads", size(plan.download_bytes)))
+    lines += [
+        ("reads", f"{size(plan.read_bytes)}, about {plan.read_bytes / READ_RATE:.1f} s at 1 GB/s"),
+        ("writes", size(plan.write_bytes)),
+        ("memory of the merge", size(plan.peak_bytes)),
+    ]
+    return lines
+
+
+def evaluation_table(found: Evaluation) -> str:
+    """Metrics with their intervals."""
+    return table((f"{found.count} images of {found.images}", "% (95 % interval)"), metric_rows(found.metrics))
+
+
+def found_table(found: list[Found]) -> str:
+    """Vectors side by side, and which fit together."""
+    rows = [
+        (
+            one.listed.reference.identity,
+            one.manifest.base.id,
+            short(one.manifest.base.digest),
+            one.listed.changed[:10] or "-",
+            ", ".join(one.manifest.labels[:6]) + (" ..." if len(one.manifest.labels) > 6 else ""),
+            str(sum(one.manifest.examples.values())) if one.manifest.examples else "not shared",
+            "yes" if one.fits else "NO: another base",
+        )
+        for one in found
+    ]
+    return table(("vector", "base", "base digest", "changed", "labels", "images", "fits"), rows)
+
+
+def found_data(one: Found) -> dict[str, Any]:
+    """One listed vector as plain data for JSON."""
+    return {
+        "vector": one.listed.reference.text,
+        "base": one.manifest.base.model_dump(exclude_none=True),
+        "changed": one.listed.changed or None,
+        "labels": one.manifest.labels,
+        "examples": one.manifest.examples,
+        "fits": one.fits,
+    }
