@@ -1,7 +1,7 @@
 # Every check that CI runs is a target here; `.ci/run` and the workflow call these.
 PYTHON ?= python
 
-.PHONY: install style quality test docs demo
+.PHONY: install style quality test docs bench demo
 
 install:            ## everything that developing needs
 	$(PYTHON) -m pip install --editable ".[test]" pre-commit
@@ -21,6 +21,9 @@ test:               ## the test command of the README, after `make install`
 
 docs:               ## write the generated parts of the docs anew
 	$(PYTHON) docs/generate.py
+
+bench:              ## a merge against the scripts a user would write
+	$(PYTHON) bench/merge.py
 
 demo:               ## the main command of the README
 	hf-datavec demo
