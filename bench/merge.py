@@ -1,8 +1,8 @@
 """Time `hf-datavec merge` against the script a user would write, in turn, as whole processes.
 
 Run with `make bench`, or `python bench/merge.py --rounds 5 --vectors 4`. It makes a ViT-B/16 (86 M parameters,
-float32) and its fine-tunes in a temporary folder, runs both programs round by round on the same files, and prints seconds,
-peak memory and the ratio per round, with minimum, median and maximum.
+float32) and its fine-tunes in a temporary folder, runs the programs round by round on the same files, and prints
+seconds, peak memory and the ratio per round, with minimum, median and maximum.
 """
 
 from __future__ import annotations

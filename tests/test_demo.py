@@ -102,7 +102,7 @@ def test_the_reading_of_the_table_follows_its_numbers():
     assert text.splitlines() == [
         "The fused model is 35.0 points above the best single site as it is (site-a).",
         "The fused model is 12.0 points above the best single site recalibrated likewise (site-d).",
-        "The fused model is 5.0 points below the recalibrated ensemble, which runs 4 networks.",
+        "The fused model is 5.0 points below the better of the two ensembles, which run 4 networks.",
         "The fused model reaches 0.89 of one trained on all data pooled; random vectors of the same length reach 12 %.",
     ]
 
