@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
 from hf_datavec.models import Network, normalization_layers
-from hf_datavec.progress import quiet_libraries, wanted
+from hf_datavec.progress import quiet_transformers, wanted
 from hf_datavec.tensors import open_folder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     """
     from transformers import Trainer
 
-    quiet_libraries()
+    quiet_transformers()
     rows = images.label_rows(network.labels)
     counts = Counter(network.labels[row] for row in rows)
     examples = {label: counts[label] for label in network.labels}

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from hf_datavec import hub
 from hf_datavec.errors import InputError, did_you_mean, listed
-from hf_datavec.progress import quiet_libraries
+from hf_datavec.progress import quiet_datasets
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def open_images(reference: hub.Reference, *, split: str | None = None) -> ImageS
     """
     import datasets
 
-    quiet_libraries()
+    quiet_datasets()
     fetched = hub.fetch(reference, patterns=DATA_FILES, repo_type="dataset")
     loaded = _load(fetched.folder, reference.text)
     if isinstance(loaded, datasets.DatasetDict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.errors import InputError, RunError, listed
-from hf_datavec.progress import quiet_libraries
+from hf_datavec.progress import quiet_transformers
 from hf_datavec.tensors import open_folder
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_module(checkpoint: Checkpoint) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    quiet_libraries()
+    quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
         if checkpoint.library == "timm" and config.model_args:

@@ -23,13 +23,17 @@ def progress(items: Iterable[Item], *, text: str, total: int | None = None, unit
     yield from tqdm(items, desc=text, total=total, unit=unit, disable=not wanted(), leave=False)
 
 
-def quiet_libraries() -> None:
-    """Switch the libraries' own bars and notices off where ours are off, and their chatter always."""
-    import datasets
+def quiet_transformers() -> None:
+    """Switch the bars of transformers off, since every load of a small network would draw one, and its notices."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    # Every load and save of a small network would draw a bar of its own.
     transformers.logging.disable_progress_bar()
+
+
+def quiet_datasets() -> None:
+    """Switch the bars of datasets off where ours are off."""
+    import datasets
+
     if not wanted():
         datasets.disable_progress_bars()
