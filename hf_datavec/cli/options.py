@@ -197,9 +197,17 @@ def _picture(text: str) -> Path:
 
 
 def _from_zero(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, *, least: int) -> int:
     value = _number(text)
-    if value < 0 or value != int(value):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
+    if value < least or value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text}")
     return int(value)
 
 
@@ -210,13 +218,6 @@ def _number(text: str) -> float:
     except ValueError:
         value = -1.0
     return value if abs(value) < float("inf") else -1.0
-
-
-def _positive(text: str) -> int:
-    value = _number(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(value)
 
 
 def _above_zero(text: str) -> float:
