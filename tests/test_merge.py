@@ -199,7 +199,7 @@ def test_a_sharded_base_gives_a_sharded_result_with_the_same_weights(study, run)
     assert all(torch.equal(reloaded[f"timm_model.{name}"], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("kind", [*TIMM, "resnet", "mobilenet_v2", "vit"])
+@pytest.mark.parametrize("kind", [*TIMM, "resnet18", "resnet", "mobilenet_v2", "vit"])
 def test_every_way_of_loading_gives_the_same_logits_labels_and_preprocessing(kind, tmp_path, run):
     import timm
     from PIL import Image
@@ -220,7 +220,7 @@ def test_every_way_of_loading_gives_the_same_logits_labels_and_preprocessing(kin
     with torch.no_grad():
         logits = model(pixel_values=pixels).logits
         assert pixels.shape[-1] == 32
-        if kind in TIMM:
+        if kind in (*TIMM, "resnet18"):
             plain = timm.create_model(f"local-dir:{tmp_path / 'fused'}", pretrained=True).eval()
             transform = create_transform(**resolve_model_data_config(plain), is_training=False)
             torch.testing.assert_close(plain(transform(picture).unsqueeze(0)), logits, rtol=0, atol=1e-5)
