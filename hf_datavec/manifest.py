@@ -50,7 +50,8 @@ class TensorEntry(_Part):
 class Manifest(_Part):
     """The content of `datavec.json`: `content` is the digest of the tensors, `digest` that of all the rest.
 
-    So one digest pins labels, counts, roles and base as well as every bit of the tensors.
+    So one digest pins labels, counts, roles and base as well as every bit of the tensors. `norm` is the length of
+    the whole vector without head and statistics, so that a coordinator sees it before any download.
     """
 
     format: int = FORMAT
@@ -60,6 +61,7 @@ class Manifest(_Part):
     labels: tuple[Label, ...] = Field(strict=False, min_length=1)
     examples: dict[str, Count] | None = None
     training: dict[str, Any] | None = None
+    norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tensors: dict[str, TensorEntry]
     tools: dict[str, str]
 

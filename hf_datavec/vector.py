@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,31 +117,59 @@ def write(
     """
     base = differences.base
     roles = (Role.WEIGHT, Role.HEAD, Role.STATISTIC) if with_statistics else (Role.WEIGHT, Role.HEAD)
-    layout = [
-        Record(name, VECTOR_DTYPE, base.shape_with(name, differences.labels), folder, 0) for name in base.named(*roles)
-    ]
-    # All differences have one type, so the order of the file is the order of the names.
-    stream = ((record.name, differences.read(record.name)) for record in layout)
-    hashes = write_file(folder / VECTOR_FILE, layout, stream)
-    result = Manifest(
+    entries = {
+        name: TensorEntry(
+            role=base.roles[name],
+            shape=base.shape_with(name, differences.labels),
+            dtype=base.records[name].dtype,
+            stored=base.roles[name] in roles,
+        )
+        for name in sorted(base.records)
+    }
+    draft = Manifest(
         base=base_id,
-        content=combined_digest(hashes),
+        content="",
         labels=differences.labels,
         examples=dict(examples) if examples else None,
         training=dict(training) if training else None,
-        tensors={
-            name: TensorEntry(
-                role=base.roles[name],
-                shape=base.shape_with(name, differences.labels),
-                dtype=base.records[name].dtype,
-                stored=base.roles[name] in roles,
-            )
-            for name in sorted(base.records)
-        },
+        norm=0.0,
+        tensors=entries,
         tools=tool_versions(),
-    ).sealed()
+    )
+    return write_described(folder, draft, differences.read)
+
+
+def write_described(folder: Path, draft: Manifest, read: Callable[[str], torch.Tensor]) -> Manifest:
+    """Write the stored tensors that a manifest lists, and the manifest with their digest and norm."""
+    stored = draft.stored
+    layout = [Record(name, VECTOR_DTYPE, entry.shape, folder, 0) for name, entry in stored.items()]
+    squares: list[float] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        # All differences have one type, so the order of the file is the order of the names.
+        for name in sorted(stored):
+            difference = read(name)
+            if stored[name].role is Role.WEIGHT:
+                squares.append(_square(difference))
+            yield name, difference
+
+    content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream()))
+    # Six digits, since the last bits depend on how many threads sum up.
+    length = float(f"{math.sqrt(math.fsum(squares)):.6g}")
+    result = draft.model_copy(update={"content": content, "norm": length}).sealed()
     result.write(folder)
     return result
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    """The length of all tensors together."""
+    return math.sqrt(math.fsum(_square(tensor) for tensor in tensors))
+
+
+def _square(tensor: torch.Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def tool_versions() -> dict[str, str]:

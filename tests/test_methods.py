@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hf_datavec import merge
+from hf_datavec import fuse
 from hf_datavec.methods import Method, all_methods, options_model
 
 METHODS = sorted(all_methods())
@@ -50,7 +50,7 @@ def combine(
     extra = {}
     if method.kind == "tensor":
         digests = digests or [f"site {index}" for index in range(len(vectors))]
-        extra["generators"] = [merge._generator(seed, digest, tensor) for digest in digests]
+        extra["generators"] = [fuse._generator(seed, digest, tensor) for digest in digests]
     result: torch.Tensor = method.function(vectors, weights, **extra, **options)
     return result
 

@@ -96,33 +96,13 @@ def push(options: Namespace) -> None:
 
 
 def inspect(options: Namespace) -> None:
+    from hf_datavec.cli.shown import inspection_data, inspection_text
     from hf_datavec.pipeline import measure
-    from hf_datavec.tables import size, table
 
-    found = measure.inspect(options.vectors, plot=options.plot)
-    names = [fetched.reference.name for fetched, _ in found.vectors]
+    found = measure.inspect(options.vectors, plot=options.plot, download=options.download)
     if options.json:
-        return _say_json(
-            {
-                "vectors": [
-                    {"name": name, "norm": norm, "base": vector.manifest.base.model_dump(), "labels": vector.labels,
-                     "statistics": vector.manifest.has_statistics, "bytes": vector.tensors.nbytes}
-                    for name, norm, (_, vector) in zip(names, found.geometry.norms, found.vectors, strict=True)
-                ],
-                "cosines": found.geometry.cosines,
-            }
-        )  # fmt: skip
-    rows = [
-        (name, f"{norm:.4f}", size(vector.tensors.nbytes), vector.manifest.base.id, vector.manifest.base.digest[7:19],
-         "yes" if vector.manifest.has_statistics else "no", str(len(vector.labels)))
-        for name, norm, (_, vector) in zip(names, found.geometry.norms, found.vectors, strict=True)
-    ]  # fmt: skip
-    _say(table(("vector", "norm", "size", "base", "base digest", "statistics", "labels"), rows))
-    if len(names) > 1:
-        cosines = [
-            (name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, found.geometry.cosines, strict=True)
-        ]
-        _say("\n" + table(("cosine", *names), cosines))
+        return _say_json(inspection_data(found))
+    _say(inspection_text(found))
     if options.plot:
         _say(f"\nplot: {options.plot}")
 

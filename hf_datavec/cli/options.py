@@ -128,9 +128,12 @@ def _diff_and_push(actions: Commands) -> None:
 
 
 def _coordinator(actions: Commands) -> None:
-    inspect = _command(actions, "inspect", "norms of vectors and cosines between them")
+    inspect = _command(actions, "inspect", "norms of vectors and cosines between them; of Hub repos the headers alone")
     inspect.add_argument("vectors", metavar="REF", nargs="+")
     inspect.add_argument("--plot", type=_picture, metavar="FILE.png", help="write the cosines as a heat map")
+    inspect.add_argument(
+        "--download", action="store_true", help="fetch Hub vectors whole, for cosines; --plot does too"
+    )
     _json(inspect)
 
     plan = _command(actions, "plan", "what merge would do, or every reason why it cannot")

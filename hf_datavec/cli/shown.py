@@ -8,7 +8,9 @@ from hf_datavec.tables import metric_rows, size, table
 
 if TYPE_CHECKING:
     from hf_datavec.evaluate import Evaluation
+    from hf_datavec.manifest import Manifest
     from hf_datavec.pipeline.discovery import Found
+    from hf_datavec.pipeline.measure import Inspection
     from hf_datavec.plan import Plan
 
 # Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
@@ -108,3 +110,58 @@ def found_data(one: Found) -> dict[str, Any]:
         "examples": one.manifest.examples,
         "fits": one.fits,
     }
+
+
+def inspection_data(found: Inspection) -> dict[str, Any]:
+    """Vectors side by side as plain data for JSON; cosines are null when the tensors were not read."""
+    return {
+        "vectors": [
+            {
+                "name": fetched.reference.name,
+                "commit": fetched.commit,
+                "norm": norm,
+                "base": vector.manifest.base.model_dump(),
+                "labels": vector.labels,
+                "roles": _roles(vector.manifest),
+                "statistics": vector.manifest.has_statistics,
+                "training": vector.manifest.training,
+                "bytes": vector.tensors.nbytes,
+            }
+            for norm, (fetched, vector) in zip(found.norms, found.vectors, strict=True)
+        ],
+        "cosines": found.cosines,
+    }
+
+
+def inspection_text(found: Inspection) -> str:
+    """Vectors side by side as tables."""
+    names = [fetched.reference.name for fetched, _ in found.vectors]
+    rows = [
+        (
+            name,
+            f"{norm:.4f}",
+            size(vector.tensors.nbytes),
+            vector.manifest.base.id,
+            short(vector.manifest.base.digest),
+            ", ".join(f"{count} {role}" for role, count in _roles(vector.manifest).items()),
+            str(len(vector.labels)),
+            str(sum(vector.manifest.examples.values())) if vector.manifest.examples else "not shared",
+        )
+        for name, norm, (_, vector) in zip(names, found.norms, found.vectors, strict=True)
+    ]
+    text = table(("vector", "norm", "size", "base", "base digest", "tensors", "labels", "images"), rows)
+    if found.cosines is None:
+        if len(names) > 1:
+            text += f"\n\nonly headers were read; --download fetches {size(found.download_bytes)} and shows the cosines"
+    elif len(names) > 1:
+        cosines = [(name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, found.cosines, strict=True)]
+        text += "\n\n" + table(("cosine", *names), cosines)
+    return text
+
+
+def _roles(manifest: Manifest) -> dict[str, int]:
+    """How many stored tensors there are of each role."""
+    counts: dict[str, int] = {}
+    for entry in manifest.stored.values():
+        counts[entry.role.value] = counts.get(entry.role.value, 0) + 1
+    return counts

@@ -5,18 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from hf_datavec import __version__
 from hf_datavec.errors import InputError, RunError
 from hf_datavec.progress import wanted
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+# Whose token the calls of this task carry: a text, False for none, None for the one of the environment or login.
+_token: ContextVar[str | bool | None] = ContextVar("hub_token", default=None)
 LOGIN = "log in with `hf auth login` or set HF_TOKEN, and ask the owner for access"
 
 
-def client(token: str | bool | None = None) -> HfApi:
+@contextlib.contextmanager
+def identified(token: str | bool | None) -> Iterator[None]:
+    """Let the calls inside the block carry this token; None leaves the one that is in use."""
+    before = _token.set(_token.get() if token is None else token)
+    try:
+        yield
+    finally:
+        _token.reset(before)
+
+
+def client() -> HfApi:
     """The client for the Hub that HF_ENDPOINT names; telemetry is off unless the user asked for it."""
     if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
         from huggingface_hub import constants
@@ -30,7 +44,7 @@ def client(token: str | bool | None = None) -> HfApi:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call] # its retries name signed addresses, and our own message says what failed
     if not wanted():
         disable_progress_bars()
-    return HfApi(library_name="hf-datavec", token=token)
+    return HfApi(library_name="hf-datavec", library_version=__version__, token=_token.get())
 
 
 @contextlib.contextmanager

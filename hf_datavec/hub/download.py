@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_datavec.errors import InputError, listed
+from hf_datavec.errors import InputError, InputErrors, listed
 from hf_datavec.headers import write_hollow
 from hf_datavec.hub.client import client, told
 from hf_datavec.hub.references import Reference
@@ -61,7 +62,6 @@ def fetch(
     patterns: tuple[str, ...] = READABLE,
     repo_type: RepoType = "model",
     headers_only: bool = False,
-    token: str | bool | None = None,
 ) -> Fetched:
     """The folder of a reference; a Hub repo is resolved to a commit once and downloaded by that commit.
 
@@ -76,7 +76,7 @@ def fetch(
         return Fetched(reference, reference.path)
     from huggingface_hub import constants
 
-    api = client(token)
+    api = client()
     with told(reference.shown):
         if constants.HF_HUB_OFFLINE:
             return _from_cache(api, reference, repo_type, patterns)
@@ -84,8 +84,9 @@ def fetch(
             str(reference.repo), revision=reference.revision or "main", repo_type=repo_type, files_metadata=True
         )
         files = _allowed(reference, getattr(info, "siblings", None) or [], patterns)
-        if headers_only:
-            return _hollow(api, reference, str(info.sha), files)
+        missing = [name for name in files if not _cached(reference, name, str(info.sha), repo_type)]
+        if headers_only and missing:
+            return _hollow(api, reference, str(info.sha), files, sum(files[name].size or 0 for name in missing))
         folder = api.snapshot_download(
             str(reference.repo), revision=info.sha, repo_type=repo_type, allow_patterns=list(files) or ["-"]
         )
@@ -120,7 +121,13 @@ def _hashes(files: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(one.lfs["sha256"]) for name, one in sorted(files.items()) if one.lfs}
 
 
-def _hollow(api: HfApi, reference: Reference, commit: str, files: Mapping[str, Any]) -> Fetched:
+def _cached(reference: Reference, name: str, commit: str, repo_type: RepoType) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(str(reference.repo), name, revision=commit, repo_type=repo_type), str)
+
+
+def _hollow(api: HfApi, reference: Reference, commit: str, files: Mapping[str, Any], missing_bytes: int) -> Fetched:
     """A folder in the system's temporary place with the small files and hollow safetensors of a repo."""
     scratch = _Scratch()
     folder = scratch.path
@@ -136,8 +143,7 @@ def _hollow(api: HfApi, reference: Reference, commit: str, files: Mapping[str, A
         elif not name.endswith(".md"):
             # Not into the shared cache: a snapshot that lacks its large files would later pass for a whole one.
             api.hf_hub_download(str(reference.repo), name, revision=commit, local_dir=folder)
-    size = sum(file.size or 0 for name, file in files.items())
-    return Fetched(reference, folder, commit, _hashes(files), scratch, size)
+    return Fetched(reference, folder, commit, _hashes(files), scratch, missing_bytes)
 
 
 def _write_hollow(api: HfApi, reference: Reference, commit: str, file: Any, target: Path) -> None:
@@ -151,3 +157,22 @@ def _write_hollow(api: HfApi, reference: Reference, commit: str, file: Any, targ
             f"'{file.rfilename}' of the Hub repo {reference.shown} is not a safetensors file: {reason}"
         ) from None
     write_hollow(target, {name: (one.dtype, one.shape, one.data_offsets) for name, one in header.tensors.items()})
+
+
+@contextlib.contextmanager
+def naming(*fetched: Fetched) -> Iterator[None]:
+    """Let errors from inside the block name Hub repos, not the cache or scratch folders that hold them."""
+    try:
+        yield
+    except InputErrors as errors:
+        raise InputErrors(_renamed(error, fetched) for error in errors.errors) from None
+    except InputError as error:
+        raise _renamed(error, fetched) from None
+
+
+def _renamed(error: InputError, fetched: tuple[Fetched, ...]) -> InputError:
+    problem = error.problem
+    for one in fetched:
+        if one.reference.repo:
+            problem = problem.replace(str(one.folder), one.reference.repo)
+    return error if problem == error.problem else InputError(problem, hint=error.hint)

@@ -21,7 +21,7 @@ class Listed:
     changed: str
 
 
-def vectors_of(owner: str, *, token: str | bool | None = None) -> list[Listed]:
+def vectors_of(owner: str) -> list[Listed]:
     """The vector repos of an org by name, or the vector folders in a local folder.
 
     Raises: InputError when there is no such org or folder, or it shows no vector.
@@ -31,7 +31,7 @@ def vectors_of(owner: str, *, token: str | bool | None = None) -> list[Listed]:
         return _in_folder(owner, folder)
     if "/" in owner:
         raise InputError(f"'{owner}' is no organisation", hint="give its name alone, or a folder as ./folder")
-    api = client(token)
+    api = client()
     with told(f"'{owner}'"):
         found = list(api.list_models(author=owner, filter=TAG, full=True))
     if not found:

@@ -35,8 +35,8 @@ class Reference:
 
     @property
     def shown(self) -> str:
-        """The repo and its revision as messages name them."""
-        return f"'{self.repo}'" + (f" at '{self.revision}'" if self.revision else "")
+        """The folder, or the repo and its revision, as messages name them."""
+        return f"'{self.path or self.repo}'" + (f" at '{self.revision}'" if self.revision else "")
 
 
 def parse(text: str, *, relative_to: Path | None = None, revision: str | None = None) -> Reference:

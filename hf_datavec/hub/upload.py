@@ -31,7 +31,6 @@ def push(
     private: bool = True,
     message: str,
     create_pr: bool = False,
-    token: str | bool | None = None,
 ) -> str:
     """Copy a folder to a local place, or commit it to a Hub repo; returns where it went.
 
@@ -46,7 +45,7 @@ def push(
             for source in sendable(folder):
                 shutil.copyfile(source, partial / source.name)
         return str(to.path)
-    api = client(token)
+    api = client()
     with told(to.shown):
         return _commit(api, folder, to, private=private, message=message, create_pr=create_pr)
 

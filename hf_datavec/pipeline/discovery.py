@@ -41,7 +41,8 @@ def vectors_of(owner: str) -> list[Found]:
 
 def _manifest(listed: hub.Listed) -> Manifest:
     fetched = hub.fetch(listed.reference, patterns=(MANIFEST_FILE,), headers_only=True)  # its folder lives with it
-    return manifests.read(fetched.folder)
+    with hub.naming(fetched):
+        return manifests.read(fetched.folder)
 
 
 def write_recipe(owner: str, output: Path, *, base: str | None = None) -> list[Found]:

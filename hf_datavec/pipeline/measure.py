@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_datavec import evaluate as evaluation
 from hf_datavec import hub, models, report
-from hf_datavec.checkpoint import open_checkpoint
+from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
@@ -32,32 +32,53 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Inspection:
-    """Vectors side by side."""
+    """Vectors side by side; `cosines` are None when only headers and manifests were read."""
 
     vectors: tuple[tuple[Fetched, TaskVector], ...]
-    geometry: Geometry
+    norms: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...] | None
+
+    @property
+    def download_bytes(self) -> int:
+        """What cosines would have to fetch from the Hub."""
+        return sum(fetched.download_bytes for fetched, _ in self.vectors)
 
 
-def inspect(references: list[str], *, plot: Path | None = None) -> Inspection:
-    """Norms and cosines of vectors over the weights that all of them hold.
+def inspect(references: list[str], *, plot: Path | None = None, download: bool = False) -> Inspection:
+    """Norms of vectors, and cosines over the weights that all of them hold.
+
+    Of vectors on the Hub only headers and manifests are read, which tell no cosines, unless `download` or a plot
+    asks for more.
 
     Raises: InputError for vectors of different networks.
     """
-    fetched = [hub.fetch(hub.parse(text)) for text in references]
-    vectors = [(one, open_vector(one.folder)) for one in fetched]
-    first = vectors[0][1]
-    names = [name for name, entry in first.manifest.stored.items() if entry.role == "weight"]
+    if plot is not None:
+        refuse_existing(plot)
+    headers_only = not (download or plot)
+    fetched = [hub.fetch(hub.parse(text), headers_only=headers_only) for text in references]
+    with hub.naming(*fetched):
+        vectors = [(one, open_vector(one.folder)) for one in fetched]
+    names = _common_weights(vectors)
+    if any(one.hollow for one in fetched):
+        norms = tuple(vector.manifest.norm for _, vector in vectors)
+        return Inspection(tuple(vectors), norms, None)
+    geometry = _geometry([vector for _, vector in vectors], names)
+    if plot is not None:
+        report.plot_cosines([one.reference.name for one in fetched], geometry, plot)
+    return Inspection(tuple(vectors), geometry.norms, geometry.cosines)
+
+
+def _common_weights(vectors: list[tuple[Fetched, TaskVector]]) -> list[str]:
+    first_fetched, first = vectors[0]
+    names = [name for name, entry in first.manifest.stored.items() if entry.role is Role.WEIGHT]
     if not names:
-        raise InputError(f"the vector '{first.folder}' holds no weights")
+        raise InputError(f"the vector {first_fetched.reference.shown} holds no weights")
     for one, vector in vectors[1:]:
         shapes = {name: entry.shape for name, entry in vector.manifest.stored.items()}
         if any(shapes.get(name) != first.manifest.tensors[name].shape for name in names):
-            raise InputError(f"the vectors '{first.folder}' and '{one.folder}' belong to different networks")
-    geometry = _geometry([vector for _, vector in vectors], names)
-    if plot is not None:
-        refuse_existing(plot)
-        report.plot_cosines([one.reference.name for one in fetched], geometry, plot)
-    return Inspection(tuple(vectors), geometry)
+            both = f"{first_fetched.reference.shown} and {one.reference.shown}"
+            raise InputError(f"the vectors {both} belong to different networks")
+    return names
 
 
 def _geometry(vectors: list[TaskVector], names: list[str]) -> Geometry:

@@ -57,10 +57,12 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
         seen = (early.plan.base_fetched, *(by_name[name] for name in early.order))
         references = tuple(_pinned(one.reference, one.commit) for one in seen)
     base = hub.fetch(references[0], headers_only=headers_only)
-    checkpoint = open_checkpoint(base.folder)
+    with hub.naming(base):
+        checkpoint = open_checkpoint(base.folder)
     contributions, errors = _contributions(recipe, references[1:], checkpoint, headers_only)
     raise_all([*errors, *_reference_errors(recipe, path.absolute().parent, checkpoint)])
-    made = planning.make(recipe, base, checkpoint, contributions)
+    with hub.naming(base, *(one.fetched for one in contributions)):
+        made = planning.make(recipe, base, checkpoint, contributions)
     order = tuple(one.name for one in contributions)
     return Prepared(path, recipe, made, order, path.read_text("utf-8"))
 
@@ -116,7 +118,8 @@ def _contributions(
     for entry, name, reference in zip(recipe.entries, names, references, strict=True):
         try:
             fetched = hub.fetch(reference, headers_only=headers_only)
-            found.append(_contribution(entry, name, fetched, base))
+            with hub.naming(fetched):
+                found.append(_contribution(entry, name, fetched, base))
         except InputError as error:  # the next sites may be wrong as well: tell all at once
             errors.append(error)
     return tuple(found), errors

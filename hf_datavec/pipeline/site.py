@@ -74,7 +74,8 @@ def diff(
     if labels is not None:
         study_base.refuse_labels(labels)
     fetched = hub.fetch(hub.parse(base))
-    checkpoint = open_checkpoint(fetched.folder)
+    with hub.naming(fetched):
+        checkpoint = open_checkpoint(fetched.folder)
     place = hub.fetch(hub.parse(tuned)).folder
     if (place.parent / MANIFEST_FILE).exists() and place.is_file():
         raise InputError(f"'{tuned}' is a file of a vector, not a tuned model")
