@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_datavec.checkpoint import Role
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry
+from hf_datavec.hub import Fetched
 from hf_datavec.manifest import Manifest
 from hf_datavec.plan import Plan
 from hf_datavec.tables import markdown_table, metric_rows, size
 
+# Where a card keeps its metadata: YAML between two lines of dashes at its beginning.
+FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?\n)---[ \t]*\n", re.DOTALL)
 LEAK_WARNING = (
     "Images never left their site. That is not the same as private: the difference of two sets of weights can "
     "reveal training data ([Dimitrov et al. 2022](https://openreview.net/forum?id=e7A0B99zJf) recover images from "
@@ -29,11 +35,17 @@ class Fusion:
     restoration: str
     evaluation: Evaluation | None
     recipe: str
+    calibration: Fetched | None = None
     plots: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def locked(self) -> bool:
+        """Whether the lock lies beside the card; with aliases it must not, since it names the sites' repos."""
+        return not self.plan.recipe.aliases
 
-def vector_card(manifest: Manifest) -> str:
-    """The card of a vector repo."""
+
+def vector_card(manifest: Manifest, *, license: str | None = None) -> str:
+    """The card of a vector repo; `license` is that of its base."""
     left_out = [entry_name for entry_name, entry in manifest.tensors.items() if not entry.stored]
     statistics = (
         "The site's BatchNorm running statistics are **included**; they summarise its private images."
@@ -79,8 +91,9 @@ merge:
 ```
 """
     data = _metadata(
-        base_model=[manifest.base.id],
-        base_model_relation="adapter",
+        base_model=[manifest.base.id] if manifest.base.commit else None,
+        base_model_relation="adapter" if manifest.base.commit else None,
+        license=license,
         library_name="hf-datavec",
         pipeline_tag="image-classification",
         tags=["datavec", "task-vector"],
@@ -118,8 +131,7 @@ Labels: {", ".join(plan.labels)}
 {_evaluation_text(fusion.evaluation)}
 ## How it was made
 
-{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. `recipe.lock.yaml` pins base, vectors and calibration
-images by digest; with them at hand, `hf-datavec merge recipe.lock.yaml -o again` makes the same weights again.
+{_calibration_text(fusion)}{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. {_lock_text(fusion)}
 
 ```yaml
 {fusion.recipe.strip()}
@@ -129,9 +141,11 @@ images by digest; with them at hand, `hf-datavec merge recipe.lock.yaml -o again
 
 {LEAK_WARNING}
 """
-    sources = [plan.base_fetched.reference.identity, *sorted(_identities(plan))]
+    sources = [plan.base_fetched, *(() if plan.recipe.aliases else (one.fetched for one in plan.contributions))]
     data = _metadata(
-        base_model=sources,
+        base_model=_repos(sources),
+        license=licence(plan.base.folder),
+        datasets=_data_sets(fusion),
         base_model_relation="merge",
         library_name=library,
         pipeline_tag="image-classification",
@@ -142,8 +156,50 @@ images by digest; with them at hand, `hf-datavec merge recipe.lock.yaml -o again
     return f"---\n{data}\n---\n{body}"
 
 
-def _identities(plan: Plan) -> set[str]:
-    return {one.fetched.reference.identity for one in plan.contributions}
+def _repos(sources: Sequence[Fetched]) -> list[str] | None:
+    """The Hub repos among sources, each once; the Hub refuses a card that names anything else."""
+    found = [one.reference.repo for one in sources if one.reference.repo]
+    return [found[0], *sorted(set(found[1:]) - {found[0]})] if found else None
+
+
+def _data_sets(fusion: Fusion) -> list[str] | None:
+    found = {fusion.calibration.reference.repo} if fusion.calibration else set()
+    if fusion.evaluation and fusion.evaluation.commit:
+        found.add(fusion.evaluation.images)
+    return sorted(name for name in found if name) or None
+
+
+def _pinned(name: str, commit: str | None) -> str:
+    return f"`{name}` at commit `{commit}`" if commit else f"`{name}`"
+
+
+def _calibration_text(fusion: Fusion) -> str:
+    if fusion.calibration is None:
+        return ""
+    images = _pinned(fusion.calibration.reference.identity, fusion.calibration.commit)
+    return f"Calibration images: {images}.\n\n"
+
+
+def _lock_text(fusion: Fusion) -> str:
+    if not fusion.locked:
+        return "The sites are shown by aliases; the coordinator keeps the lock that pins them."
+    return (
+        "`recipe.lock.yaml` pins base, vectors and images by digest; with them at hand, `hf-datavec merge\n"
+        "recipe.lock.yaml -o again` makes the same weights again."
+    )
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that the card in a folder states; what is derived from it is shared under the same."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        found = FRONT_MATTER.match((folder / "README.md").read_text("utf-8"))
+        stated = YAML(typ="safe", pure=True).load(found[1])["license"] if found else None
+    except (OSError, ValueError, TypeError, KeyError, YAMLError):
+        return None  # a card that cannot be read states nothing
+    return stated if isinstance(stated, str) else None
 
 
 def _usage(plan: Plan, name: str) -> str:
@@ -175,8 +231,8 @@ def _evaluation_text(evaluation: Evaluation | None) -> str:
         return "\n## Evaluation\n\nNot evaluated.\n"
     rows = metric_rows(evaluation.metrics)
     return (
-        f"\n## Evaluation\n\n{evaluation.count} images of `{evaluation.images}`, in percent, with 95 % bootstrap "
-        f"intervals over images.\n\n{markdown_table(('metric', 'value'), rows)}\n"
+        f"\n## Evaluation\n\n{evaluation.count} images of {_pinned(evaluation.images, evaluation.commit)}, in percent, "
+        f"with 95 % bootstrap intervals over images.\n\n{markdown_table(('metric', 'value'), rows)}\n"
     )
 
 
@@ -190,6 +246,7 @@ def _metadata(*, model_name: str | None = None, evaluation: Evaluation | None = 
                 task_type="image-classification",
                 dataset_type="imagefolder",
                 dataset_name=evaluation.images,
+                dataset_revision=evaluation.commit,
                 metric_type=name,
                 metric_value=round(estimate.value, 4),
                 metric_args={

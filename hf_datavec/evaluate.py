@@ -35,12 +35,13 @@ def _without_nan(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of one network on one set of images."""
+    """The metrics of one network on one set of images; `commit` pins those of a Hub data set."""
 
     images: str
     count: int
     metrics: dict[str, Estimate]
     examples: dict[str, int]
+    commit: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data for JSON; a metric that is not defined is null."""
@@ -82,14 +83,14 @@ def _probabilities(
         yield torch.softmax(logits.double(), dim=1).cpu().numpy()
 
 
-def score(predictions: Predictions, images: str) -> Evaluation:
+def score(predictions: Predictions, images: str, commit: str | None = None) -> Evaluation:
     """The metrics of predictions, gathered and computed by the `evaluate` library's own machinery."""
     import numpy as np
 
     found = _metric().compute(predictions=predictions.probabilities, references=predictions.references)
     counts = np.bincount(predictions.references, minlength=len(predictions.labels))
     examples = {label: int(count) for label, count in zip(predictions.labels, counts, strict=True)}
-    return Evaluation(images, len(predictions.references), found, examples)
+    return Evaluation(images, len(predictions.references), found, examples, commit)
 
 
 def _metric() -> Any:
@@ -121,4 +122,5 @@ def _metric() -> Any:
 
 def evaluate_network(network: Network, images: ImageSet, *, batch_size: int = 64) -> Evaluation:
     """Predict and score in one go. Raises as `predict`."""
-    return score(predict(network, images, batch_size=batch_size), images.fetched.reference.identity)
+    fetched = images.fetched
+    return score(predict(network, images, batch_size=batch_size), fetched.reference.identity, fetched.commit)

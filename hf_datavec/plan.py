@@ -277,6 +277,8 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
         yield f"the lock was made with {recipe.lock.tools}, this is {tool_versions()}: bytes may differ"
     if mode == "statistics" and recipe.recalibrate and recipe.recalibrate.count < FEW_IMAGES:
         yield f"recalibration on {recipe.recalibrate.count} images is unreliable; some hundreds are usual"
+    if recipe.push and not recipe.push.private and not recipe.aliases:
+        yield "the fused repo will be public, and its card names the sites' repos; aliases: true replaces them"
     known = [set(one.labels) for one in contributions]
     single = [label for label in sorted(set().union(*known)) if len(known) > 1 and sum(label in k for k in known) == 1]
     if single:

@@ -82,6 +82,14 @@ class Person:
         assert "Traceback" not in err, err
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
+    def python(self, source: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run Python source to its end, as a notebook would."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", source]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment(**more), text=True, capture_output=True)
+        assert not any(token in done.stdout + done.stderr for token in TOKENS.values()), "a token was shown"
+        return done
+
     def killed(self, after: float, *arguments: object) -> int | None:
         """Run a command and kill it after some seconds; None if it ended before."""
         process = self.start(*arguments)

@@ -15,10 +15,11 @@ from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
-from hf_datavec.images import ImageSet, open_images
+from hf_datavec.images import ImageSet
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import lock
-from hf_datavec.pipeline.prepare import Prepared, calibration_images, prepare
+from hf_datavec.pipeline.aliases import aliased
+from hf_datavec.pipeline.prepare import Prepared, calibration_images, evaluation_images, prepare
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Recipe
@@ -54,7 +55,8 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     prepared = prepare(path)
     output = _output(prepared, output)
     refuse_existing(output)
-    public, test = _image_sets(prepared)
+    # Opened before anything is written, so that mistakes show early.
+    public, test = calibration_images(prepared), evaluation_images(prepared)
     for note in prepared.plan.notes:
         log.info("note: %s", note)
     for one in prepared.plan.contributions:
@@ -68,8 +70,14 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         restoration, digest = _restore(prepared.plan, folder, public, place, digest)
         measured = _measure(prepared.recipe, folder, test, place)
-        fusion = Fusion(output.name, prepared.plan, gram.geometry(), restoration, measured, prepared.text)
-        _describe(prepared, fusion, folder, lock.text(prepared, public, folder=output))
+        calibration = public.fetched if public else None
+        shown = aliased(prepared)
+        fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
+        _describe(fusion, folder)
+        if fusion.locked:
+            (folder / LOCK_FILE).write_text(lock.text(prepared, public, test, folder=output), "utf-8")
+        elif not prepared.recipe.lock:
+            log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, test))
     target = _pushed(prepared, output) if push and prepared.recipe.push else None
     return MergeResult(output, prepared.plan, digest, gram.geometry(), restoration, measured, target)
 
@@ -80,15 +88,6 @@ def _output(prepared: Prepared, output: Path | None) -> Path:
     if prepared.output is None:
         raise InputError(f"{prepared.path.name}: no 'output:' is given", hint="add output: ./fused, or use -o DIR")
     return prepared.output
-
-
-def _image_sets(prepared: Prepared) -> tuple[ImageSet | None, ImageSet | None]:
-    """The calibration and test images, opened before anything is written, so that mistakes show early."""
-    public, measured, test = calibration_images(prepared), None, prepared.recipe.evaluate
-    if test:
-        measured = open_images(hub.parse(test.images, relative_to=prepared.folder), split=test.split)
-        measured.label_rows(prepared.plan.labels)
-    return public, measured
 
 
 def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -> str:
@@ -179,12 +178,11 @@ def _measure(recipe: Recipe, folder: Path, images: ImageSet | None, device: torc
     return evaluation.evaluate_network(network, images, batch_size=recipe.evaluate.batch_size)
 
 
-def _describe(prepared: Prepared, fusion: Fusion, folder: Path, locked: str) -> None:
-    """Write recipe, lock, plot, results and card beside the weights."""
+def _describe(fusion: Fusion, folder: Path) -> None:
+    """Write recipe, plot, results and card beside the weights."""
     (folder / "recipe.yaml").write_text(fusion.recipe, "utf-8")
-    (folder / LOCK_FILE).write_text(locked, "utf-8")
     if len(fusion.geometry.norms) > 1:
-        names = [one.name for one in prepared.plan.contributions]
+        names = [one.name for one in fusion.plan.contributions]
         report.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
     if fusion.evaluation:

@@ -9,21 +9,22 @@ from typing import Any
 from hf_datavec import hub
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet
-from hf_datavec.pipeline.prepare import Prepared, calibration_images
+from hf_datavec.pipeline.prepare import Prepared, calibration_images, evaluation_images
 from hf_datavec.recipe import ModelEntry
 from hf_datavec.vector import tool_versions
 
 
-def write(prepared: Prepared) -> Path:
-    """Write the lock beside the recipe and return its path."""
+def write(prepared: Prepared, test: ImageSet | None = None) -> Path:
+    """Write the lock beside the recipe and return its path; `test` are its test images if they are open already."""
+    test = test or evaluation_images(prepared)
     target = prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text(prepared, calibration_images(prepared), folder=target.parent), "utf-8")
+    partial.write_text(text(prepared, calibration_images(prepared), test, folder=target.parent), "utf-8")
     partial.replace(target)
     return target
 
 
-def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
+def text(prepared: Prepared, public: ImageSet | None, test: ImageSet | None, *, folder: Path) -> str:
     """The lock of a prepared recipe as YAML, for a file in `folder`; local paths become relative to it."""
     plan, recipe_folder = prepared.plan, prepared.folder
     recipe = plan.recipe.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
@@ -38,6 +39,8 @@ def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
             recipe[section]["images"] = _moved(recipe[section]["images"], recipe_folder, folder)
     if public:
         recipe["recalibrate"]["images"] = pinned(public.fetched, folder)
+    if test:
+        recipe["evaluate"]["images"] = pinned(test.fetched, folder)
     recipe.pop("output", None)
     if prepared.output and prepared.output != folder:  # a lock inside the result cannot name its own folder
         recipe["output"] = relative(prepared.output, folder)
@@ -47,6 +50,7 @@ def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
         "base": _locked(plan.base_fetched, plan.base_digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
         **({"calibration": _locked(public.fetched, public.digest, folder)} if public else {}),
+        **({"evaluation": _locked(test.fetched, test.digest, folder)} if test else {}),
         "tools": tool_versions(),
     }
     return dump(recipe)

@@ -110,6 +110,21 @@ def calibration_images(prepared: Prepared) -> ImageSet | None:
     return images
 
 
+def evaluation_images(prepared: Prepared) -> ImageSet | None:
+    """The labelled images that the recipe measures the fused model on.
+
+    Raises: InputError when they cannot be opened, have labels that the model lacks, or are not those of the lock.
+    """
+    wanted, lock = prepared.recipe.evaluate, prepared.recipe.lock
+    if wanted is None:
+        return None
+    images = open_images(hub.parse(wanted.images, relative_to=prepared.folder), split=wanted.split)
+    images.label_rows(prepared.plan.labels)
+    if lock and lock.evaluation and lock.evaluation.digest != images.digest:
+        raise planning.not_pinned("test images", lock.evaluation, images.digest)
+    return images
+
+
 def _contributions(
     recipe: Recipe, references: Sequence[hub.Reference], base: Checkpoint, headers_only: bool
 ) -> tuple[tuple[Contribution, ...], list[InputError]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_datavec import finetune as training
 from hf_datavec import hub, study_base, vector
-from hf_datavec.card import vector_card
+from hf_datavec.card import licence, vector_card
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import open_images
@@ -97,7 +97,7 @@ def diff(
             examples=record.get("examples") if share_counts else None,
             training=record.get("settings"),
         )
-        (folder / "README.md").write_text(vector_card(manifest), "utf-8")
+        (folder / "README.md").write_text(vector_card(manifest, license=licence(fetched.folder)), "utf-8")
     return manifest
 
 

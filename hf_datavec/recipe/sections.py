@@ -109,11 +109,15 @@ class Lock(_Section):
     base: LockedInput
     vectors: Annotated[tuple[LockedInput, ...], Field(strict=False)]
     calibration: LockedInput | None = None
+    evaluation: LockedInput | None = None
     tools: dict[str, str]
 
 
 class Recipe(_Section):
-    """A merge: base, vectors, how to combine, restore and measure, and where the result goes."""
+    """A merge: base, vectors, how to combine, restore and measure, and where the result goes.
+
+    With `aliases` the fused model's folder names the sites site-1, site-2, ... and no repo of theirs.
+    """
 
     base: Text
     vectors: Annotated[tuple[Entry, ...], Field(min_length=1, strict=False)]
@@ -123,6 +127,7 @@ class Recipe(_Section):
     output: Text | None = None
     dtype: Dtype | None = None
     push: Push | None = None
+    aliases: bool = False
     lock: Lock | None = None
 
     @property

@@ -1,0 +1,27 @@
+"""What a fused model's folder says of its sites when their names are not to be told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hf_datavec.pipeline import lock
+from hf_datavec.pipeline.prepare import Prepared
+
+
+def aliased(prepared: Prepared) -> Prepared:
+    """The same merge with sites named site-1, site-2, ..., as the card tells it; unchanged without `aliases`.
+
+    Numbers follow the digests of the vectors, so that not even the recipe's order is told.
+    """
+    if not prepared.recipe.aliases:
+        return prepared
+    plan = prepared.plan
+    sites = [replace(one, name=f"site-{number}") for number, one in enumerate(plan.contributions, start=1)]
+    recipe = prepared.recipe.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
+    for secret in ("lock", "output", "push"):
+        recipe.pop(secret, None)
+    recipe["base"] = plan.base_fetched.reference.identity
+    recipe["vectors"] = [{"vector": one.name, "weight": one.weight} for one in sites]
+    # Written anew, not edited: a comment could name a hospital as well.
+    text = "# The sites are shown by aliases, so this recipe cannot be merged as it stands.\n" + lock.dump(recipe)
+    return replace(prepared, plan=replace(plan, contributions=tuple(sites)), text=text)
