@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_people import SITES, Person, api, consortium, online
-from hubserver import Fault
+from hubserver import Fault, HubServer
 from networks import make_images, make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file
 
@@ -307,6 +307,57 @@ def test_altered_bytes_on_the_way_are_noticed(published, tmp_path):
     assert failed.returncode == 2
     assert "safetensors" in failed.stderr
     assert not (coordinator.folder / "fused").exists()
+
+
+def put(hub: HubServer, folder: Path, repo: str) -> str:
+    """Send a folder to a new private repo with the client alone; returns the repo."""
+    client = api(hub, "coordinator")
+    client.create_repo(repo, private=True)
+    client.upload_folder(repo_id=repo, folder_path=folder)
+    return repo
+
+
+def test_a_file_that_was_altered_on_the_way_is_fetched_again_by_the_next_run(hub, template, tmp_path):
+    """Also when an earlier run died before it could tell, and left the file in the cache."""
+    coordinator = Person("coordinator", tmp_path / "coordinator", hub)
+    made = make_vector(template / "base", template / f"tuned-{SITES[0]}", tmp_path / "vector")
+    vector = put(hub, made, "consortium/vector")
+    for path, name in (("^/storage/", "vector.safetensors"), (f"^/{vector}/resolve/.*json", "datavec.json")):
+        hub.faults.append(Fault(path, "corrupt", method="GET"))
+        failed = coordinator.run("inspect", vector, "--download")
+        assert failed.returncode == 1
+        assert failed.stderr == (
+            f"error: files of the Hub repo '{vector}' were altered on the way: '{name}'\n"
+            "  hint: run the same command again; what is complete is not sent or fetched twice\n"
+        )
+        right = coordinator.run("inspect", vector, "--download")
+        assert right.returncode == 0, right.stderr
+        for kept in (path.resolve() for path in (coordinator.folder / "hf-home").rglob(name)):
+            content = kept.read_bytes()
+            kept.write_bytes(b"\xff" + content[1:])
+        again = coordinator.run("inspect", vector, "--download")
+        assert (again.returncode, again.stdout) == (0, right.stdout)
+        shutil.rmtree(coordinator.folder / "hf-home")
+
+
+def test_an_answer_that_no_hub_gives_is_told_in_words(hub, template, tmp_path):
+    coordinator = Person("coordinator", tmp_path / "coordinator", hub)
+    hub.faults.append(Fault("^/api/models/consortium/base", "corrupt", method="GET", times=None))
+    for command in (("push", template / "base", "consortium/base"), ("inspect", "consortium/base")):
+        failed = coordinator.run(*command)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("error: the answer of the Hub for 'consortium/base' is not what a Hub says (")
+
+
+def test_a_card_that_the_hub_does_not_take_is_told_in_words(hub, template, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(template / "base", folder)
+    (folder / "README.md").write_text("---\nbase_model_relation: blend\n---\n")
+    coordinator = Person("coordinator", tmp_path / "coordinator", hub)
+    refused = coordinator.run("push", folder, "consortium/base")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: the Hub refuses 'consortium/base': Invalid metadata in README.md. - ")
+    assert WEIGHTS not in api(hub, "coordinator").list_repo_files("consortium/base")
 
 
 def test_a_server_without_xet_is_named(hub, template, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -72,6 +73,13 @@ def told(what: str) -> Iterator[None]:
         raise _refused(what, error) from None
     except errors.HFValidationError as error:
         raise InputError(f"the Hub's client refuses {what}: {_first_line(error)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a login page of the network's, say
+        raise RunError(
+            f"the answer of the Hub for {what} is not what a Hub says ({type(error).__name__})",
+            hint="check HF_ENDPOINT, and whether a proxy or a login page stands in between; then run it again",
+        ) from None
+    except ValueError as error:  # how the client tells of a card that the Hub does not accept
+        raise InputError(f"the Hub refuses {what}: {' '.join(str(error).split())}") from None
     except httpx.HTTPError as error:
         raise RunError(f"the connection to the Hub broke for {what} ({type(error).__name__})", hint=AGAIN) from None
     except ConnectionError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_datavec.errors import InputError, InputErrors, listed
 from hf_datavec.headers import write_hollow
+from hf_datavec.hub.arrived import not_cached, refuse_altered
 from hf_datavec.hub.client import client, told
 from hf_datavec.hub.references import Reference
 
@@ -84,12 +85,13 @@ def fetch(
             str(reference.repo), revision=reference.revision or "main", repo_type=repo_type, files_metadata=True
         )
         files = _allowed(reference, getattr(info, "siblings", None) or [], patterns)
-        missing = [name for name in files if not _cached(reference, name, str(info.sha), repo_type)]
+        missing = not_cached(reference, str(info.sha), files, repo_type)
         if headers_only and missing:
-            return _hollow(api, reference, str(info.sha), files, sum(files[name].size or 0 for name in missing))
+            return _hollow(api, reference, str(info.sha), files, sum(file.size or 0 for file in missing.values()))
         folder = api.snapshot_download(
             str(reference.repo), revision=info.sha, repo_type=repo_type, allow_patterns=list(files) or ["-"]
         )
+        refuse_altered(Path(folder), reference, missing)
     return Fetched(reference, Path(folder), str(info.sha), _hashes(files))
 
 
@@ -121,12 +123,6 @@ def _hashes(files: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(one.lfs["sha256"]) for name, one in sorted(files.items()) if one.lfs}
 
 
-def _cached(reference: Reference, name: str, commit: str, repo_type: RepoType) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(str(reference.repo), name, revision=commit, repo_type=repo_type), str)
-
-
 def _hollow(api: HfApi, reference: Reference, commit: str, files: Mapping[str, Any], missing_bytes: int) -> Fetched:
     """A folder in the system's temporary place with the small files and hollow safetensors of a repo."""
     scratch = _Scratch()
@@ -143,6 +139,7 @@ def _hollow(api: HfApi, reference: Reference, commit: str, files: Mapping[str, A
         elif not name.endswith(".md"):
             # Not into the shared cache: a snapshot that lacks its large files would later pass for a whole one.
             api.hf_hub_download(str(reference.repo), name, revision=commit, local_dir=folder)
+            refuse_altered(folder, reference, {name: file})
     return Fetched(reference, folder, commit, _hashes(files), scratch, missing_bytes)
 
 
