@@ -360,6 +360,44 @@ def test_a_card_that_the_hub_does_not_take_is_told_in_words(hub, template, tmp_p
     assert WEIGHTS not in api(hub, "coordinator").list_repo_files("consortium/base")
 
 
+@pytest.mark.parametrize("aliases", [False, True])
+def test_a_merge_whose_push_failed_is_pushed_by_running_it_again(hub, template, tmp_path, aliases):
+    coordinator = Person("coordinator", tmp_path / "coordinator", hub)
+    shutil.copytree(template / "images", coordinator.folder / "images")
+    vectors = [
+        put(hub, make_vector(template / "base", template / f"tuned-{site}", tmp_path / site), f"consortium/{site}")
+        for site in SITES[:2]
+    ]
+    sections = {"base": put(hub, template / "base", "consortium/base"), "vectors": vectors}
+    sections |= {"recalibrate": {"images": "./images"}, "evaluate": {"images": "./images"}, "aliases": aliases}
+    recipe(coordinator.folder, push={"repo": "consortium/fused"}, **sections)
+    whole = json.loads(coordinator.run("merge", "recipe.yaml", "-o", "aside/fused", "--no-push", "--json").stdout)
+    hub.faults.append(Fault("^/api/models/consortium/fused/commit/", "status", status=403))
+    assert coordinator.run("merge", "recipe.yaml").returncode == 2
+    written = {path: path.stat().st_mtime_ns for path in (coordinator.folder / "fused").iterdir()}
+    assert len(hub.repository("consortium/fused").commits) == 1
+    refused = coordinator.run("merge", "recipe.yaml", "--no-push")
+    assert "already exists" in refused.stderr
+    again = coordinator.run("merge", "recipe.yaml", "--json")
+    assert again.returncode == 0, again.stderr
+    assert "already holds this merge; only the push is missing" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (coordinator.folder / "fused").iterdir()} == written
+    told = json.loads(again.stdout)
+    same = {key for key in whole if whole[key] == told[key]}
+    assert set(whole) - same == {"output", "restoration", "pushed_to"}
+    assert WEIGHTS in api(hub, "coordinator").list_repo_files("consortium/fused")
+    # Weights that are not the recipe's are not pushed, nor is another recipe's result.
+    weights = load_file(coordinator.folder / "fused" / WEIGHTS)
+    save_with(
+        coordinator.folder / "fused", coordinator.folder / "fused", {**weights, "fc.bias": weights["fc.bias"] + 1}
+    )
+    assert "already exists" in coordinator.run("merge", "recipe.yaml").stderr
+    recipe(coordinator.folder, push={"repo": "consortium/fused"}, merge={"scale": 0.5}, **sections)
+    other = coordinator.run("merge", "recipe.yaml")
+    assert other.returncode == 2
+    assert "already exists" in other.stderr
+
+
 def test_a_server_without_xet_is_named(hub, template, tmp_path):
     coordinator = Person("coordinator", tmp_path / "coordinator", hub)
     failed = coordinator.run("push", template / "base", "consortium/base", HF_HUB_DISABLE_XET="0")

@@ -17,7 +17,7 @@ from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline import device as devices
-from hf_datavec.pipeline import lock
+from hf_datavec.pipeline import finished, lock
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.prepare import Prepared, calibration_images, evaluation_images, prepare
 from hf_datavec.plan import Plan
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-LOCK_FILE = "recipe.lock.yaml"
 
 
 @dataclass(frozen=True)
@@ -50,19 +48,22 @@ class MergeResult:
 def merge(path: Path, *, output: Path | None = None, push: bool = True, device: devices.Device = "auto") -> MergeResult:
     """Do what a recipe says, from pulling to pushing.
 
+    A run whose push failed can be run again: when the output already is what this recipe gives, it is only pushed.
+
     Raises: InputError before anything is written; after that the output appears whole or not at all.
     """
     prepared = prepare(path)
     output = _output(prepared, output)
-    refuse_existing(output)
+    pushing = push and prepared.recipe.push is not None
+    if not pushing:
+        refuse_existing(output)
     # Opened before anything is written, so that mistakes show early.
     public, test = calibration_images(prepared), evaluation_images(prepared)
-    for note in prepared.plan.notes:
-        log.info("note: %s", note)
-    for one in prepared.plan.contributions:
-        if isinstance(one.source, TaskVector):
-            one.source.verify()
     place = devices.choose(device)
+    if pushing and (geometry := finished.geometry_of(output, prepared, public, test, place)):
+        return _handed_over(prepared, output, geometry)
+    refuse_existing(output)
+    _verify(prepared.plan)
     gram = Gram()
     with staged(output) as folder:
         digest = _write_weights(prepared.plan, folder, place, gram)
@@ -75,11 +76,28 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
         _describe(fusion, folder)
         if fusion.locked:
-            (folder / LOCK_FILE).write_text(lock.text(prepared, public, test, folder=output), "utf-8")
+            (folder / lock.LOCK_FILE).write_text(lock.text(prepared, public, test, folder=output), "utf-8")
         elif not prepared.recipe.lock:
             log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, test))
-    target = _pushed(prepared, output) if push and prepared.recipe.push else None
+    target = _pushed(prepared, output) if pushing else None
     return MergeResult(output, prepared.plan, digest, gram.geometry(), restoration, measured, target)
+
+
+def _verify(plan: Plan) -> None:
+    """Tell the plan's notes, and hold every vector against its manifest. Raises: InputError when one differs."""
+    for note in plan.notes:
+        log.info("note: %s", note)
+    for one in plan.contributions:
+        if isinstance(one.source, TaskVector):
+            one.source.verify()
+
+
+def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeResult:
+    """Push what an earlier run left complete, and tell of it what that run would have told."""
+    log.info("'%s' already holds this merge; only the push is missing", output)
+    digest, measured = tensors.open_folder(output).digest, finished.evaluation_of(output)
+    sentence = "The fused model was complete before; this run only pushed it."
+    return MergeResult(output, prepared.plan, digest, geometry, sentence, measured, _pushed(prepared, output))
 
 
 def _output(prepared: Prepared, output: Path | None) -> Path:
@@ -180,14 +198,14 @@ def _measure(recipe: Recipe, folder: Path, images: ImageSet | None, device: torc
 
 def _describe(fusion: Fusion, folder: Path) -> None:
     """Write recipe, plot, results and card beside the weights."""
-    (folder / "recipe.yaml").write_text(fusion.recipe, "utf-8")
+    (folder / lock.RECIPE_FILE).write_text(fusion.recipe, "utf-8")
     if len(fusion.geometry.norms) > 1:
         names = [one.name for one in fusion.plan.contributions]
         report.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
     if fusion.evaluation:
         text = json.dumps(fusion.evaluation.as_dict(), indent=2)
-        (folder / "evaluation.json").write_text(text + "\n", "utf-8")
+        (folder / finished.EVALUATION_FILE).write_text(text + "\n", "utf-8")
     (folder / "README.md").write_text(fused_card(fusion), "utf-8")
 
 

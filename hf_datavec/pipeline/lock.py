@@ -13,11 +13,20 @@ from hf_datavec.pipeline.prepare import Prepared, calibration_images, evaluation
 from hf_datavec.recipe import ModelEntry
 from hf_datavec.vector import tool_versions
 
+# In the folder of a fused model: the recipe as given, and what it stood for.
+RECIPE_FILE = "recipe.yaml"
+LOCK_FILE = "recipe.lock.yaml"
+
+
+def beside(prepared: Prepared) -> Path:
+    """The lock's place beside the recipe."""
+    return prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
+
 
 def write(prepared: Prepared, test: ImageSet | None = None) -> Path:
     """Write the lock beside the recipe and return its path; `test` are its test images if they are open already."""
     test = test or evaluation_images(prepared)
-    target = prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
+    target = beside(prepared)
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(text(prepared, calibration_images(prepared), test, folder=target.parent), "utf-8")
     partial.replace(target)

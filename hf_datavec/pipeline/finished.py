@@ -1,0 +1,71 @@
+"""A merge that an earlier run finished, when its push did not get through."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_datavec import fuse, tensors
+from hf_datavec.checkpoint import Role
+from hf_datavec.evaluate import Evaluation
+from hf_datavec.geometry import Geometry, Gram
+from hf_datavec.images import ImageSet
+from hf_datavec.metrics import Estimate
+from hf_datavec.pipeline import lock
+from hf_datavec.pipeline.aliases import aliased
+from hf_datavec.pipeline.prepare import Prepared
+
+if TYPE_CHECKING:
+    import torch
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def geometry_of(
+    output: Path, prepared: Prepared, public: ImageSet | None, test: ImageSet | None, device: torch.device
+) -> Geometry | None:
+    """The norms and cosines of a merge whose result already is in `output`; None when something else is, or nothing.
+
+    It is the result when recipe and lock are those that this run would write, so that commits, digests and tools are
+    the same, and every fused tensor is.
+    """
+    import torch
+
+    if not (output / lock.RECIPE_FILE).is_file():
+        return None
+    texts = _texts(output, prepared, public, test)
+    if not all(place.is_file() and place.read_bytes() == text.encode() for place, text in texts.items()):
+        return None
+    stored, gram = tensors.open_folder(output), Gram()
+    # Statistics follow from the weights and the calibration images, whose digest is in the lock.
+    fused = {step.name for step in prepared.plan.steps if step.role in (Role.WEIGHT, Role.HEAD)}
+    if not fused <= set(stored.records):
+        return None
+    for name, tensor in fuse.run(prepared.plan, only=fused, device=device, observe=gram.add):
+        if not torch.equal(stored.read(name), tensor):
+            return None
+    return gram.geometry()
+
+
+def _texts(output: Path, prepared: Prepared, public: ImageSet | None, test: ImageSet | None) -> dict[Path, str]:
+    """The recipe and, unless the recipe itself is one, the lock that this run would write, by their places."""
+    recipe = {output / lock.RECIPE_FILE: aliased(prepared).text}
+    if prepared.recipe.aliases and prepared.recipe.lock:
+        return recipe
+    place = lock.beside(prepared) if prepared.recipe.aliases else output / lock.LOCK_FILE
+    return {**recipe, place: lock.text(prepared, public, test, folder=place.parent)}
+
+
+def evaluation_of(output: Path) -> Evaluation | None:
+    """The metrics that the earlier run measured, if it was to."""
+    place = output / EVALUATION_FILE
+    if not place.is_file():
+        return None
+    found = json.loads(place.read_text("utf-8"))
+    metrics = {
+        name: Estimate(**{key: math.nan if value is None else value for key, value in numbers.items()})
+        for name, numbers in found["metrics"].items()
+    }
+    return Evaluation(**{**found, "metrics": metrics})
