@@ -301,6 +301,19 @@ def test_the_client_comes_back_after_a_passing_failure(
     assert [one.status for one in server.exchanges("/tree/")] == [status, 200]
 
 
+def test_two_refusals_of_one_request_give_one_answer(api: HfApi, server: HubServer, model: str) -> None:
+    server.faults += [Fault("/branch/", "status", status=status) for status in (403, 409)]
+    with pytest.raises(HfHubHTTPError) as refused:
+        api.create_branch(REPO, branch="x")
+    assert (refused.value.response.status_code, [fault.fired for fault in server.faults]) == (409, [1, 1])
+
+
+def test_a_request_to_slow_down_says_for_how_long(server: HubServer) -> None:
+    server.faults.append(Fault("whoami", "status", status=429, retry_after=7))
+    refused = get_session().get(f"{server.endpoint}/api/whoami-v2", headers={"authorization": "Bearer hf_alice"})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
+
+
 def test_a_broken_download_is_resumed(
     api: HfApi, server: HubServer, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ class Passage:
 
     async def serve(self, app: ASGIApp, scope: Scope) -> None:
         """Lets the faults act and, unless one of them answers, the application."""
+        unread = True
         for fault in self.faults:
             if fault.kind == "slow":
                 await asyncio.sleep(fault.seconds)
@@ -110,8 +111,8 @@ class Passage:
                 await anyio.to_thread.run_sync(fault.action)
             if fault.kind == "status":
                 # Read to the end first: a client that is still sending would see a broken pipe instead.
-                while (await self.incoming()).get("more_body"):
-                    pass
+                while unread:
+                    unread = (await self.incoming()).get("more_body", False)
                 later = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
                 app = Refusal(fault.status, f"Fault of the test: {fault.status}", fault.code, **later).response
         await app(scope, self.incoming, self.outgoing)
