@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import leaks
 import pytest
 
 # Before any library reads them: no network, no caches outside the test run, no colours, one kind of path.
@@ -15,6 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.is_registered(leaks):
+        config.pluginmanager.register(leaks, "leaks")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         except SystemExit as stop:
             code = int(stop.code or 0)
         seen = capsys.readouterr()
-        return Outcome(code, seen.out, seen.err)
+        return Outcome(code, leaks.hear(seen.out), leaks.hear(seen.err))
 
     return call
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import leaks
 from hubserver import HubServer
 from huggingface_hub import HfApi, constants
 
@@ -46,6 +47,14 @@ def api(server: HubServer, name: str) -> HfApi:
     return HfApi(endpoint=server.endpoint, token=TOKENS[name])
 
 
+class Command(subprocess.Popen[str]):
+    """A running command; what it says is searched for tokens."""
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+        out, err = super().communicate(input, timeout)
+        return leaks.hear(out), leaks.hear(err)
+
+
 @dataclass
 class Person:
     """Somebody with a token, a cache and a working folder; runs `hf-datavec` as a process of its own."""
@@ -66,10 +75,10 @@ class Person:
             **more,
         }
 
-    def start(self, *arguments: object, **more: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: object, **more: str) -> Command:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "hf_datavec", *map(str, arguments)]
-        return subprocess.Popen(
+        return Command(
             command, cwd=self.folder, env=self.environment(**more), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
