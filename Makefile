@@ -1,7 +1,7 @@
 # Every check that CI runs is a target here; `.ci/run` and the workflow call these.
 PYTHON ?= python
 
-.PHONY: install style quality test docs bench demo
+.PHONY: install style quality test chaos docs bench demo
 
 install:            ## everything that developing needs
 	$(PYTHON) -m pip install --editable ".[test]" pre-commit
@@ -18,6 +18,11 @@ quality:            ## style, types and layers, changing nothing
 
 test:               ## the test command of the README, after `make install`
 	$(PYTHON) -m pytest
+
+chaos:              ## 200 pushes and merges with random faults and kills; HF_DATAVEC_CHAOS_SEED=N repeats a run
+	seed=$${HF_DATAVEC_CHAOS_SEED:-$$(date +%s)}; echo "HF_DATAVEC_CHAOS_SEED=$$seed"; \
+	HF_DATAVEC_CHAOS_SEED=$$seed HF_DATAVEC_CHAOS_ROUNDS=$${HF_DATAVEC_CHAOS_ROUNDS:-200} \
+	$(PYTHON) -m pytest -q tests/test_chaos.py
 
 docs:               ## write the generated parts of the docs anew
 	$(PYTHON) docs/generate.py
