@@ -280,9 +280,10 @@ def test_somebody_elses_commit_in_between_refuses_ours(hub, template, tmp_path):
         (Fault("/commit/", "status", status=500), 1, "the Hub answered 500 for 'consortium/base'"),
         (Fault("/commit/", "status", status=429, retry_after=1), 1, "the Hub asks to slow down for 'consortium/base'"),
         (Fault("/commit/", "drop", side="answer"), 1, "the connection to the Hub broke for 'consortium/base'"),
+        (Fault("/repos/create", "status", status=409), 1, "the Hub reports a conflict for 'consortium/base'"),
         (Fault("/repos/create", "status", status=403), 2, "the Hub refuses access to 'consortium/base' (403)"),
     ],
-    ids=["500", "429", "lost answer", "403"],
+    ids=["500", "429", "lost answer", "409", "403"],
 )
 def test_a_push_that_fails_says_why_and_works_when_run_again(case, hub, template, tmp_path):
     fault, code, message = case

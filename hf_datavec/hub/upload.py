@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec.errors import InputError
+from hf_datavec.errors import InputError, RunError
 from hf_datavec.hub.client import client, told
 from hf_datavec.hub.references import Reference
 from hf_datavec.staging import staged
@@ -54,7 +54,11 @@ def _commit(api: HfApi, folder: Path, to: Reference, *, private: bool, message: 
     from huggingface_hub import CommitOperationAdd
 
     repo, branch = str(to.repo), to.revision or "main"
-    api.create_repo(repo, private=private, exist_ok=True)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+    except KeyError:  # the client takes any 409 for "it exists already", and looks for the address in it
+        problem = f"the Hub reports a conflict for {to.shown} and does not say which"
+        raise RunError(problem, hint="run it again") from None
     if to.revision:
         api.create_branch(repo, branch=branch, exist_ok=True)
     info = api.repo_info(repo, revision=branch)
