@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.combine import SLICE, needs_whole
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.methods import Method, all_methods
+from hf_datavec.methods import Method, all_methods, applied
 from hf_datavec.recipe import LockedInput, Merge, Override, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
 from hf_datavec.vector import TaskVector, TunedDifferences, check_against, tool_versions
@@ -63,6 +64,24 @@ class Step:
     def name(self) -> str:
         return self.record.name
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the tensor is combined from the sites' vectors."""
+        return self.role in (Role.WEIGHT, Role.HEAD)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether its method measures whole vectors first."""
+        return self.is_merged and self.method.surveys(self.options)
+
+    def peak_bytes(self, sites: int, *, clipped: bool) -> int:
+        """A bound on the memory that combining takes."""
+        values = math.prod(self.record.shape)
+        # n float32 rows, and the combination, the base and the result in float64; a clipped vector is float64.
+        held = 4 * sites + 3 * 8 + (8 * sites if clipped else 0)
+        whole = needs_whole(self.method) or self.role is Role.HEAD
+        return values * held + (values if whole else min(values, SLICE)) * (4 + 8 * self.method.copies) * sites
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -78,9 +97,20 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """What the merge reads: the base once and every vector once."""
+        """What the merge reads: the base once, and every vector once and for each pass of the survey."""
         stored = sum(record.nbytes for contribution in self.contributions for record in _records(contribution))
-        return self.base.tensors.nbytes + stored
+        return self.base.tensors.nbytes + stored * (1 + self.survey_passes)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether whole vectors are measured before the first tensor is combined."""
+        return self.recipe.merge.clip is not None or any(step.surveys for step in self.steps)
+
+    @property
+    def survey_passes(self) -> int:
+        """How often the vectors are read before the merge itself; exact ranks take two looks."""
+        ranked = any(step.surveys and step.method.ranks for step in self.steps)
+        return (2 if ranked else 1) if self.surveys else 0
 
     @property
     def download_bytes(self) -> int:
@@ -101,10 +131,9 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """A bound on the memory of the merge itself beyond mapped files: the largest tensor of all sites at once."""
-        largest = max((math.prod(step.record.shape) for step in self.steps), default=0)
-        # n float32 rows, and the combination, the base and the result in float64.
-        return largest * (4 * len(self.contributions) + 3 * 8)
+        """A bound on the memory of the merge itself beyond mapped files: one tensor of all sites at once."""
+        sites, clipped = len(self.contributions), self.recipe.merge.clip is not None
+        return max((step.peak_bytes(sites, clipped=clipped) for step in self.steps), default=0)
 
 
 def _records(contribution: Contribution) -> tuple[Record, ...]:
@@ -144,11 +173,13 @@ def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[s
 
 
 def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[list[Contribution], list[InputError]]:
-    if merge.weights != "examples":
+    counting = [name for name in _used(merge) if all_methods()[name].needs_counts]
+    if merge.weights != "examples" and not counting:
         return list(contributions), []
+    why = "merge.weights is 'examples'" if merge.weights == "examples" else f"the method '{counting[0]}' weighs sites"
     errors = [
         InputError(
-            f"merge.weights is 'examples', but '{one.name}' declares no example counts",
+            f"{why}, but '{one.name}' declares no example counts",
             hint="the site can add them with `hf-datavec diff --share-counts`; or give each vector a weight",
         )
         for one in contributions
@@ -161,20 +192,41 @@ def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[lis
 
 
 def _method_errors(merge: Merge, contributions: list[Contribution]) -> Iterator[InputError]:
-    used = {merge.method, *(override.method for override in merge.overrides if override.method)}
-    weights = [one.weight for one in contributions]
-    for name in sorted(used):
+    for name in _used(merge):
+        weights = [one.weight for one in contributions]
         method = all_methods()[name]
         if not method.uses_weights and len(set(weights)) > 1:
             given = ", ".join(f"{one.name}: {one.weight:g}" for one in contributions)
             hint = "use method: linear, or leave the weights out"
             yield InputError(f"the method '{name}' ignores weights, but they differ ({given})", hint=hint)
+    told = []
+    for override in (Override(tensors=".*"), *merge.overrides):
+        name, options = _chosen(merge, override)
+        method = all_methods()[name]
+        reason = method.refuse(len(contributions), options)
+        if reason and reason not in told:
+            told.append(reason)
+            yield InputError(f"the method '{method.name}' {reason}", hint="see `hf-datavec methods` for what it needs")
+
+
+def _used(merge: Merge) -> list[str]:
+    return sorted({merge.method, *(override.method for override in merge.overrides if override.method)})
+
+
+def _chosen(merge: Merge, override: Override) -> tuple[str, Mapping[str, Any]]:
+    """Method and options for the tensors of an override."""
+    options = override.options if override.options is not None else merge.options
+    if override.method and override.method != merge.method and override.options is None:
+        options = {}  # options of one method mean nothing to another
+    return override.method or merge.method, options
 
 
 def _average_errors(plan: Plan) -> Iterator[InputError]:
     """Averages need weights of at least zero, and for each label a site whose weight is above."""
     averaging = {
-        step.method.name for step in plan.steps if step.method.uses_weights and step.options.get("normalize", True)
+        step.method.name
+        for step in plan.steps
+        if step.method.uses_weights and step.method.chosen(step.options).get("normalize", True)
     }
     restore = plan.recipe.recalibrate
     if restore and restore.mode == "moments" and plan.base.has_statistics:
@@ -243,7 +295,7 @@ def not_pinned(name: str, locked: LockedInput, digest: str) -> InputError:
 
 
 def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:
-    merge, methods = recipe.merge, all_methods()
+    merge = recipe.merge
     for name, record in sorted(base.records.items()):
         role = base.roles[name]
         shape = base.shape_with(name, labels)
@@ -251,10 +303,8 @@ def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterato
         if recipe.dtype and role is not Role.CONSTANT:
             dtype = STORED_AS[recipe.dtype]
         override = _first_match(merge, name)
-        method = methods[override.method or merge.method]
-        options = override.options if override.options is not None else merge.options
-        if override.method and override.method != merge.method and override.options is None:
-            options = {}  # options of one method mean nothing to another
+        named, chosen = _chosen(merge, override)
+        method, options = applied(named, chosen, shape, head=role is Role.HEAD)
         scale = merge.scale if override.scale is None else override.scale
         yield Step(Record(name, dtype, shape, record.file, 0), role, method, options, scale)
 

@@ -190,23 +190,21 @@ def evaluate(options: Namespace) -> None:
 
 
 def methods(options: Namespace) -> None:
-    from hf_datavec.methods import all_methods, options_model
-    from hf_datavec.tables import table
+    from hf_datavec.methods import all_methods, options_model, ranges
 
     if options.json:
         return _say_json(
             {
                 name: {"summary": found.summary, "formula": found.formula, "source": found.source,
-                       "uses_weights": found.uses_weights,
+                       "uses_weights": found.uses_weights, "needs": found.needs,
                        "options": options_model(name).model_json_schema().get("properties", {})}
                 for name, found in all_methods().items()
             }
         )  # fmt: skip
-    rows = [
-        (name, found.formula, "yes" if found.uses_weights else "no", ", ".join(found.options) or "-", found.source)
-        for name, found in all_methods().items()
-    ]
-    _say(table(("method", "formula", "weights", "options", "source"), rows))
+    for name, found in all_methods().items():
+        weights = "uses weights" if found.uses_weights else "ignores weights"
+        lines = (found.formula, found.summary, "; ".join((weights, *found.needs)), *ranges(name), found.source)
+        _say("\n    ".join((name, *lines)))
 
 
 def schema(options: Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_datavec import evaluate as evaluation
 from hf_datavec import hub, models, recalibrate, report, study_base, tensors
 from hf_datavec import merge as fusing
+from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
@@ -97,9 +98,10 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
     by_file: dict[str, list[tensors.Record]] = {}
     for step in plan.steps:
         by_file.setdefault(step.record.file.name, []).append(step.record)
-    hashes = []
+    hashes, survey = [], surveys.take(plan)
     for file, records in sorted(by_file.items()):
-        stream = fusing.run(plan, only={record.name for record in records}, device=device, observe=gram.add)
+        only = {record.name for record in records}
+        stream = fusing.run(plan, only=only, device=device, observe=gram.add, survey=survey)
         shown = progress(stream, text=f"merge {file}", total=len(records), unit="tensor")
         hashes += tensors.write_file(folder / file, records, shown)
     if list(by_file) != [tensors.MODEL_FILE]:

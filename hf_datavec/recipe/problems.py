@@ -142,6 +142,11 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if weighed and recipe.merge.weights == "examples":
         where: KeyPath = ("vectors", weighed[0], "weight")
         yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
+    methods = (recipe.merge.method, *(override.method or "" for override in recipe.merge.overrides))
+    counting = [name for name in methods if name in all_methods() and all_methods()[name].needs_counts]
+    if weighed and counting:
+        problem = f"a weight is given although the method '{counting[0]}' weighs by example counts; keep one of the two"
+        yield document.problem(("vectors", weighed[0], "weight"), problem, hint="method: linear takes given weights")
     restore = recipe.recalibrate
     if restore and restore.mode == "statistics" and not restore.images:
         hint = "name a folder or data set of public images, or use mode: moments or none"

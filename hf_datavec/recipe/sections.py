@@ -58,12 +58,16 @@ class Override(_Section):
 
 
 class Merge(_Section):
-    """How the vectors are combined; `scale` is the lambda that the result is multiplied with."""
+    """How the vectors are combined; `scale` is the lambda that the result is multiplied with.
+
+    `clip` shortens every site's vector to at most this norm, or to at most the median of the sites' norms.
+    """
 
     method: Text = "sum"
     scale: Finite = 1.0
     options: dict[str, Any] = {}
     weights: Literal["equal", "examples"] = "equal"
+    clip: Literal["median"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     seed: Annotated[int, Field(ge=0)] = 0
 
