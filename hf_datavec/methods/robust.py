@@ -16,7 +16,8 @@ Hostile = Annotated[int, Between(0, 100)]
 # Weiszfeld's steps shrink the distance to the median by a constant factor, save where it is one of the vectors
 # itself; this many are far more than weights need to settle to the last digits.
 WEISZFELD_STEPS = 1000
-# Below this share of the longest distance a step no longer counts, and a site counts as lying on the median.
+# Shares that change by less than this part of themselves have settled. A site nearer to the median than this part of
+# the shortest distance between two sites lies on it; its pull would be infinite.
 SETTLED = 1e-12
 ON_THE_MEDIAN = 1e-9
 
@@ -60,34 +61,45 @@ def trimmed_mean(vectors: "Tensor", weights: "Tensor", *, f: Hostile = 1) -> "Te
 )
 def geometric_median(products: "Tensor", weights: "Tensor", *, scope: Scope = "vector") -> "Tensor":
     """The point with the smallest weighted sum of distances to the vectors, as an average of them."""
+    squares = _squared_distances(products)
+    if float(squares.max()) == 0:
+        return weights / weights.sum()
+    gram = _seen_from_the_middle(products, squares)
+    nearest = ON_THE_MEDIAN * float(squares[squares > 0].min().sqrt())
     shares = weights / weights.sum()
-    # The median depends only on differences; those of large vectors that lie close together would drown in rounding.
-    gram = _centred(products)
     for _ in range(WEISZFELD_STEPS):
-        squares = gram.diagonal() - 2 * gram @ shares + shares @ gram @ shares
-        distances = squares.clamp(min=0).sqrt()
-        longest = float(distances.max())
-        if longest == 0:
-            break
-        pulls = weights / distances.clamp(min=ON_THE_MEDIAN * longest)
+        away = gram.diagonal() - 2 * gram @ shares + shares @ gram @ shares
+        pulls = weights / away.clamp(min=0).sqrt().clamp(min=nearest)
         moved = pulls / pulls.sum()
-        settled = float((moved - shares).abs().max()) < SETTLED
+        # Relative, since the smallest share belongs to the vector that is largest and farthest away.
+        settled = bool(((moved - shares).abs() <= SETTLED * shares).all())
         shares = moved
         if settled:
             break
     return shares
 
 
-def _centred(products: "Tensor") -> "Tensor":
-    """Inner products of the vectors minus their mean."""
-    means = products.mean(0)
-    return products - means[:, None] - means + means.mean()
+def _squared_distances(products: "Tensor") -> "Tensor":
+    squares = products.diagonal()
+    found = (squares[:, None] + squares - 2 * products).clamp(min=0)
+    found.fill_diagonal_(0)
+    return found
+
+
+def _seen_from_the_middle(products: "Tensor", squares: "Tensor") -> "Tensor":
+    """Inner products of the vectors minus the one among them that is nearest to the others.
+
+    The median depends on differences only. Seen from zero those of vectors far from it drown in rounding; seen from the
+    mean they do so as well when one vector is huge.
+    """
+    middle = int(squares.sqrt().sum(1).argmin())
+    column = products[:, middle]
+    return products - column[:, None] - column + products[middle, middle]
 
 
 def _scores(products: "Tensor", f: int) -> "Tensor":
     """Of each site the sum of squared distances to its n - f - 2 nearest."""
-    squares = products.diagonal()
-    distances = (squares[:, None] + squares - 2 * products).clamp(min=0)
+    distances = _squared_distances(products)
     distances.fill_diagonal_(float("inf"))
     nearest = max(1, len(products) - f - 2)
     return distances.sort(1).values[:, :nearest].sum(1)

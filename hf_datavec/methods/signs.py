@@ -31,7 +31,7 @@ def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tenso
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for vector, weight, same in zip(vectors, factors, with_elected, strict=True):
         total += torch.where(same, vector.double() * weight, 0.0)
-        divisor += same * weight
+        divisor += same.double() * weight  # a bool times a number would be float32
     total[elected == 0] = 0.0
     return torch.where(divisor != 0, total / divisor, 0.0) if normalize else total
 
