@@ -9,7 +9,7 @@ from combining import combine, laws, seeds, some_vectors
 from hypothesis import given
 from hypothesis import strategies as st
 
-matrices = st.sampled_from(((6, 10), (10, 6), (8, 8), (4, 3, 3, 3)))
+matrices = st.sampled_from(((6, 10), (10, 6), (8, 8), (4, 3, 3, 3), (2, 40)))
 SPECTRAL = ("tsv", "iso_c", "iso_cts", "wudi")
 
 

@@ -6,7 +6,7 @@ cut labels off.
 """
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from hf_datavec.methods import Between, method
@@ -129,15 +129,30 @@ def wudi(
     import torch
 
     found = _summed(vectors)
-    wide = [vector.double() for vector in vectors if bool(vector.any())]
-    lengths = [float(vector.square().sum()) for vector in wide]
+    changed = [vector.double() for vector in vectors if bool(vector.any())]
+    if len(changed) < 2:
+        return found  # nothing interferes, and Adam would only blow up the rounding of a slope of zero
+    slope_at = _slope(changed)
     first, second = torch.zeros_like(found), torch.zeros_like(found)
     for step in range(1, steps + 1):
-        slope = torch.zeros_like(found)
-        for vector, length in zip(wide, lengths, strict=True):
-            slope += ((found - vector) @ vector.T @ vector) * (2 / length)
+        slope = slope_at(found)
         first = BETAS[0] * first + (1 - BETAS[0]) * slope
         second = BETAS[1] * second + (1 - BETAS[1]) * slope.square()
         spread = (second / (1 - BETAS[1] ** step)).sqrt() + EPSILON
         found -= learning_rate / (1 - BETAS[0] ** step) * first / spread
     return found
+
+
+def _slope(vectors: "Sequence[Tensor]") -> "Callable[[Tensor], Tensor]":
+    """The gradient of WUDI's loss, as a function of T: the sum over j of 2 (T - tau_j) tau_j' tau_j / |tau_j|^2."""
+    parts = [vector * (2 / float(vector.square().sum())) for vector in vectors]
+    rows, columns = vectors[0].shape
+    if columns > 2 * len(vectors) * rows:  # then the products of all rows are larger than the vectors themselves
+        return lambda found: sum(
+            (((found - vector) @ vector.T) @ part for vector, part in zip(vectors, parts, strict=True)), found * 0.0
+        )
+    inputs, outputs = parts[0].T @ vectors[0], parts[0] @ (vectors[0].T @ vectors[0])
+    for vector, part in zip(vectors[1:], parts[1:], strict=True):
+        products = part.T @ vector
+        inputs, outputs = inputs + products, outputs + vector @ products
+    return lambda found: found @ inputs - outputs
