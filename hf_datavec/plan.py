@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
 from hf_datavec.combine import SLICE, needs_whole
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
 from hf_datavec.methods import Method, all_methods, applied
-from hf_datavec.recipe import LockedInput, Merge, Override, Recipe
+from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
 from hf_datavec.vector import TaskVector, TunedDifferences, check_against, tool_versions
 
@@ -152,9 +152,9 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors += _lock_errors(recipe, base, checkpoint, contributions)
     weighed, weight_errors = _weighed(recipe.merge, contributions)
     errors += weight_errors
-    errors += _method_errors(recipe.merge, weighed)
+    errors += method_errors(recipe.merge, [(one.name, one.weight) for one in weighed])
     errors += _restoration_errors(recipe, checkpoint, contributions)
-    errors += _override_errors(recipe.merge, checkpoint)
+    errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
     # The recipe's order must not matter, bit for bit, so sites are summed in the order of their content.
     ordered = tuple(sorted(weighed, key=lambda one: (one.digest, one.weight, one.name)))
@@ -173,7 +173,7 @@ def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[s
 
 
 def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[list[Contribution], list[InputError]]:
-    counting = [name for name in _used(merge) if all_methods()[name].needs_counts]
+    counting = [name for name in used(merge) if all_methods()[name].needs_counts]
     if merge.weights != "examples" and not counting:
         return list(contributions), []
     why = "merge.weights is 'examples'" if merge.weights == "examples" else f"the method '{counting[0]}' weighs sites"
@@ -189,36 +189,6 @@ def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[lis
         Contribution(one.name, one.fetched, one.source, float(one.examples or 1), one.digest) for one in contributions
     ]
     return weighed, errors
-
-
-def _method_errors(merge: Merge, contributions: list[Contribution]) -> Iterator[InputError]:
-    for name in _used(merge):
-        weights = [one.weight for one in contributions]
-        method = all_methods()[name]
-        if not method.uses_weights and len(set(weights)) > 1:
-            given = ", ".join(f"{one.name}: {one.weight:g}" for one in contributions)
-            hint = "use method: linear, or leave the weights out"
-            yield InputError(f"the method '{name}' ignores weights, but they differ ({given})", hint=hint)
-    told = []
-    for override in (Override(tensors=".*"), *merge.overrides):
-        name, options = _chosen(merge, override)
-        method = all_methods()[name]
-        reason = method.refuse(len(contributions), options)
-        if reason and reason not in told:
-            told.append(reason)
-            yield InputError(f"the method '{method.name}' {reason}", hint="see `hf-datavec methods` for what it needs")
-
-
-def _used(merge: Merge) -> list[str]:
-    return sorted({merge.method, *(override.method for override in merge.overrides if override.method)})
-
-
-def _chosen(merge: Merge, override: Override) -> tuple[str, Mapping[str, Any]]:
-    """Method and options for the tensors of an override."""
-    options = override.options if override.options is not None else merge.options
-    if override.method and override.method != merge.method and override.options is None:
-        options = {}  # options of one method mean nothing to another
-    return override.method or merge.method, options
 
 
 def _average_errors(plan: Plan) -> Iterator[InputError]:
@@ -260,14 +230,6 @@ def _restoration_errors(
             yield InputError(problem, hint=hint)
 
 
-def _override_errors(merge: Merge, base: Checkpoint) -> Iterator[InputError]:
-    names = base.named(Role.WEIGHT, Role.HEAD)
-    for override in merge.overrides:
-        if not any(re.fullmatch(override.tensors, name) for name in names):
-            hint = f"a pattern must match a whole name such as '{names[0]}'"
-            yield InputError(f"the override '{override.tensors}' matches no tensor of the base", hint=hint)
-
-
 def _lock_errors(
     recipe: Recipe, fetched: Fetched, base: Checkpoint, contributions: tuple[Contribution, ...]
 ) -> Iterator[InputError]:
@@ -302,18 +264,11 @@ def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterato
         dtype = record.dtype
         if recipe.dtype and role is not Role.CONSTANT:
             dtype = STORED_AS[recipe.dtype]
-        override = _first_match(merge, name)
-        named, chosen = _chosen(merge, override)
-        method, options = applied(named, chosen, shape, head=role is Role.HEAD)
+        override = first_match(merge, name)
+        named, options = chosen(merge, override)
+        method, options = applied(named, options, shape, head=role is Role.HEAD)
         scale = merge.scale if override.scale is None else override.scale
         yield Step(Record(name, dtype, shape, record.file, 0), role, method, options, scale)
-
-
-def _first_match(merge: Merge, name: str) -> Override:
-    for override in merge.overrides:
-        if re.fullmatch(override.tensors, name):
-            return override
-    return Override(tensors=".*")
 
 
 def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]) -> Iterator[str]:
