@@ -47,8 +47,8 @@ TRIMMED = {"density": 0.7, "gamma": 0.05}
 ALL = {"density": 1.0, "epsilon": 0.0}
 HALF = {"density": 0.5, "epsilon": 0.1}
 DRAWN = (
-    "the masks are drawn otherwise (mergekit's depend on the order in which tensors are visited), and it enlarges what is "
-    "left to the tensor's old L1 norm; here each value is divided by its chance to stay, as in the paper"
+    "the masks are drawn otherwise (mergekit's depend on the order in which tensors are visited), and it enlarges what "
+    "is left to the tensor's old L1 norm; here each value is divided by its chance to stay, as in the paper"
 )
 STOPS = (
     "mergekit stops at the class token, of shape 1 x 1 x 16, as it does at every depthwise kernel: it ranks along the "

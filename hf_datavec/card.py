@@ -93,12 +93,17 @@ def _stored(manifest: Manifest, role: Role) -> str:
     return "yes" if entries and all(entry.stored for entry in entries) else "no"
 
 
+def _clip(clip: str | float) -> str:
+    return "the median of their norms" if clip == "median" else f"norm {clip}"
+
+
 def fused_card(fusion: Fusion) -> str:
     """The card of a fused model."""
     plan = fusion.plan
     library = plan.base.library
     merge = plan.recipe.merge
     options = "".join(f", {name} {value}" for name, value in merge.options.items())
+    options += f", vectors clipped to {_clip(merge.clip)}" if merge.clip else ""
     body = f"""
 # {fusion.name}
 

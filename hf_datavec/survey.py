@@ -40,6 +40,16 @@ class Survey:
             self.shares.get(_key(step)),
         )
 
+    def notes(self, plan: Plan) -> Iterator[str]:
+        """What the survey found that its users should know: who was clipped, and how much of whom a merge takes."""
+        names = [one.name for one in plan.contributions]
+        for name, norm, factor in zip(names, self.norms, self.factors, strict=False):
+            if factor < 1:
+                yield f"'{name}' is clipped: its vector of norm {norm:.4g} counts {100 * factor:.1f} %"
+        for (method, _), shares in self.shares.items():
+            found = sorted(zip(names, shares, strict=True))
+            yield f"{method} takes " + ", ".join(f"{name} x {share:.3g}" for name, share in found)
+
 
 def take(plan: Plan) -> Survey:
     """Measure the vectors, as far as the plan needs it; without need none is read.

@@ -45,6 +45,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes": plan.peak_bytes,
+        "survey_passes": plan.survey_passes,
         "notes": plan.notes,
     }
 
@@ -61,6 +62,11 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         if step.role.value in ("weight", "head"):
             methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
     lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
+    if plan.recipe.merge.clip is not None:
+        lines.append(("clip", f"vectors to at most {plan.recipe.merge.clip}"))
+    if plan.surveys:
+        passes = "once" if plan.survey_passes == 1 else "twice"
+        lines.append(("survey", f"whole vectors are read {passes} before the merge"))
     restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
     lines += [
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),

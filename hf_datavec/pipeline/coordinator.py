@@ -99,6 +99,8 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
     for step in plan.steps:
         by_file.setdefault(step.record.file.name, []).append(step.record)
     hashes, survey = [], surveys.take(plan)
+    for note in survey.notes(plan):
+        log.info("note: %s", note)
     for file, records in sorted(by_file.items()):
         only = {record.name for record in records}
         stream = fusing.run(plan, only=only, device=device, observe=gram.add, survey=survey)
