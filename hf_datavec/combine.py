@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,24 @@ def ready(
         weights = torch.tensor(sites.weights, dtype=torch.float64, device=vectors.device)
         if method.kind == "matrix":
             vectors = vectors.reshape(len(vectors), shape[0] if len(shape) > 1 else 1, -1)
-        result: Tensor = method.function(vectors, weights, **extra)
+        with _one_thread() if needs_whole(method) and vectors.device.type == "cpu" else nullcontext():
+            result: Tensor = method.function(vectors, weights, **extra)
         return result.double().reshape(-1)
 
     return combined
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over whole tensors and decompositions round by how threads share them, so there is one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def site_shares(

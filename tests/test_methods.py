@@ -167,6 +167,22 @@ def test_clipped_vectors_give_what_shorter_vectors_give(name, data, shape, seed)
     torch.testing.assert_close(whole, found, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_number_of_threads_changes_no_bit_and_stays_as_it_was(name):
+    count = next(n for n in (5, 2) if all_methods()[name].refuse(n, {}) is None)
+    vectors, before = some_vectors(count, (96, 800), 1), torch.get_num_threads()
+    options = {"steps": 2} if name == "wudi" else {}
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(combine(name, vectors, **options))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
 # Registration
 
 

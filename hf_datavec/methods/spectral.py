@@ -119,7 +119,7 @@ def iso_cts(vectors: "Tensor", weights: "Tensor", *, common: Annotated[float, Be
     uses_weights=False,
     kind="matrix",
     otherwise="mean",
-    copies=6,
+    copies=14,
 )
 def wudi(
     vectors: "Tensor", weights: "Tensor", *,
