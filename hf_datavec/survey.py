@@ -36,8 +36,8 @@ class Survey:
             tuple(one.weight for one in plan.contributions),
             tuple(one.digest for one in plan.contributions),
             self.factors,
-            self.thresholds.get(_key(step)),
-            self.shares.get(_key(step)),
+            self.thresholds.get(_key(step)) if step.surveys else None,
+            self.shares.get(_key(step)) if step.surveys else None,
         )
 
     def notes(self, plan: Plan) -> Iterator[str]:

@@ -261,7 +261,7 @@ def hostile(folder: Path, kind: str) -> Path:
         if base[key].is_floating_point() and "running" not in key:
             own = tuned[key] - base[key]
             noise = torch.randn(own.shape, generator=random) * own.norm() / max(1, own.numel()) ** 0.5
-            tuned[key] = base[key] + {"loud": 20 * own, "negated": -own, "noise": 20 * noise}[kind]
+            tuned[key] = base[key] + {"loud": 20 * own, "noise": 20 * noise}[kind]
     place = folder / f"hostile-{kind}"
     if not place.exists():
         save_with(folder / "base", folder / f"tuned-hostile-{kind}", tuned)

@@ -96,7 +96,7 @@ def naive_consensus(threshold: float, votes: int) -> Callable[[Vectors, list[flo
     return lambda vectors, weights: by_place(vectors, rule)
 
 
-# SCE, arXiv 2408.07990, section 3.2: select, calculate, erase
+# SCE, arXiv 2408.07990: select, calculate, erase
 
 
 def naive_sce(select: float) -> Callable[[Vectors, list[float]], list[float]]:
@@ -124,7 +124,7 @@ def naive_sce(select: float) -> Callable[[Vectors, list[float]], list[float]]:
     return whole
 
 
-# PCB, arXiv 2410.02396, section 3.2, with its code's hyperbolic tangent; no tensor here is long enough for its clamp
+# PCB, arXiv 2410.02396, with its code's hyperbolic tangent; no tensor here is long enough for its clamp
 
 
 def stretched(values: list[float]) -> list[float]:

@@ -34,7 +34,7 @@ def nearest(columns: np.ndarray) -> np.ndarray:
 
 @laws
 @given(count=st.integers(1, 4), shape=matrices, seed=seeds)
-def test_tsv_is_algorithm_one(count, shape, seed):
+def test_tsv_is_the_papers_algorithm(count, shape, seed):
     vectors = some_vectors(count, shape, seed)
     parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in plain(vectors)]
     kept = max(1, len(parts[0][1]) // count)
@@ -58,7 +58,7 @@ def test_iso_c_makes_all_directions_of_the_sum_equally_strong(count, shape, seed
 
 @laws
 @given(count=st.integers(1, 4), shape=matrices, seed=seeds, common=st.sampled_from((0.0, 0.5, 0.8, 1.0)))
-def test_iso_cts_is_algorithm_two(count, shape, seed, common):
+def test_iso_cts_is_the_papers_algorithm(count, shape, seed, common):
     vectors = some_vectors(count, shape, seed)
     rows = plain(vectors)
     left, values, right = np.linalg.svd(rows.sum(0), full_matrices=False)

@@ -62,10 +62,9 @@ class Method:
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:
         """The keyword-only parameters; the annotation of each carries its range."""
-        parameters = inspect.signature(self.function).parameters
         return {
             name: parameter
-            for name, parameter in parameters.items()
+            for name, parameter in _parameters(self.function).items()
             if parameter.kind is parameter.KEYWORD_ONLY and name not in GIVEN
         }
 
@@ -75,7 +74,7 @@ class Method:
 
     def asks_for(self, given: str) -> bool:
         """Whether the function names one of `GIVEN`."""
-        return given in inspect.signature(self.function).parameters
+        return given in _parameters(self.function)
 
     def surveys(self, options: Mapping[str, Any]) -> bool:
         """Whether whole vectors must be measured before the first tensor is combined."""
@@ -101,6 +100,11 @@ class Method:
     def refuse(self, sites: int, options: Mapping[str, Any]) -> str | None:
         """Why this many sites cannot be merged with these options, or None."""
         return self.refusal(sites, **self.chosen(options)) if self.refusal else None
+
+
+@cache  # every tensor of a merge asks
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def applied(

@@ -33,7 +33,7 @@ def _cosines(products: "Tensor") -> "Tensor":
 @method(
     "model_stock",
     formula="t/n sum_j tau_j, t = n c / (1 + (n-1) c), c = mean cosine between two vectors",
-    source="arXiv 2403.19522, eq. 8",
+    source="arXiv 2403.19522 (Model Stock), its ratio for n models",
     uses_weights=False,
     kind="site",
 )
@@ -67,7 +67,7 @@ def _not_two(sites: int, **_: object) -> str | None:
 @method(
     "slerp",
     formula="(sin((1-t) a) tau_1 + sin(t a) tau_2) / sin a, a = angle between tau_1 and tau_2",
-    source="doi 10.1145/325334.325242, section 3.3 (Shoemake 1985)",
+    source="doi 10.1145/325334.325242 (Shoemake 1985)",
     uses_weights=False,
     kind="site",
     refusal=_not_two,
@@ -80,7 +80,7 @@ def slerp(products: "Tensor", weights: "Tensor", *, scope: Scope = "tensor") -> 
 @method(
     "nuslerp",
     formula="(sin((1-t) a) tau_1 + sin(t a) tau_2) / sin a, t = w_2 / (w_1 + w_2)",
-    source="doi 10.1145/325334.325242, section 3.3; mergekit's nuslerp, with the base as origin",
+    source="doi 10.1145/325334.325242 (Shoemake 1985); mergekit's nuslerp, with the base as origin",
     uses_weights=True,
     kind="site",
     refusal=_not_two,

@@ -37,7 +37,7 @@ def _dare(vectors: "Tensor", density: float, generators: "Sequence[Generator]", 
 @method(
     "dare_linear",
     formula="sum_j w_j b_j tau_j / density, b_j ~ Bernoulli(density)",
-    source="arXiv 2311.03099, algorithm 1",
+    source="arXiv 2311.03099 (DARE)",
     uses_weights=True,
     kind="tensor",
 )
@@ -53,7 +53,7 @@ def dare_linear(
 @method(
     "dare_ties",
     formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = b_j tau_j / density, A as in ties",
-    source="arXiv 2311.03099, algorithm 1, and arXiv 2306.01708, sections 3.2 and 3.3",
+    source="arXiv 2311.03099 (DARE) and arXiv 2306.01708 (TIES-Merging)",
     uses_weights=True,
     kind="tensor",
 )
@@ -91,7 +91,7 @@ def _della(
 @method(
     "della",
     formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = b_j tau_j / p_j, p_j = density -+ epsilon by row rank",
-    source="arXiv 2406.11617, sections 3.1 to 3.3",
+    source="arXiv 2406.11617 (DELLA: MagPrune, elect, fuse)",
     uses_weights=True,
     kind="matrix",
     refusal=_chance_out_of_range,
@@ -109,7 +109,7 @@ def della(
 @method(
     "della_linear",
     formula="sum_j w_j b_j tau_j / p_j, p_j = density -+ epsilon by rank in the row",
-    source="arXiv 2406.11617, section 3.1, without its election",
+    source="arXiv 2406.11617 (DELLA), without its election",
     uses_weights=True,
     kind="matrix",
     refusal=_chance_out_of_range,

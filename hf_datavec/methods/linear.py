@@ -56,7 +56,7 @@ def task_arithmetic(vectors: "Tensor", weights: "Tensor", *, normalize: bool = F
 @method(
     "fedavg",
     formula="sum_j n_j tau_j / sum_j n_j, n_j examples of site j",
-    source="arXiv 1602.05629, algorithm 1, one round",
+    source="arXiv 1602.05629 (FedAvg), one round",
     uses_weights=True,
     needs_counts=True,
 )

@@ -55,7 +55,7 @@ def trimmed_mean(vectors: "Tensor", weights: "Tensor", *, f: Hostile = 1) -> "Te
 @method(
     "geometric_median",
     formula="argmin_x sum_j w_j |x - tau_j|",
-    source="arXiv 1912.13445, algorithm 2 (RFA, smoothed Weiszfeld)",
+    source="arXiv 1912.13445 (RFA, Weiszfeld's steps)",
     uses_weights=True,
     kind="site",
 )
@@ -113,7 +113,7 @@ def _too_few(sites: int, f: int, **_: object) -> str | None:
 @method(
     "krum",
     formula="tau_k, k = argmin_i sum of |tau_i - tau_j|^2 over the n-f-2 nearest j",
-    source="arXiv 1703.02757, section 4",
+    source="arXiv 1703.02757 (Krum)",
     uses_weights=False,
     kind="site",
     refusal=_too_few,
@@ -126,7 +126,7 @@ def krum(products: "Tensor", weights: "Tensor", *, f: Hostile = 1, scope: Scope 
 @method(
     "multi_krum",
     formula="mean of the `keep` tau_j of lowest krum score; 0: n - f of them",
-    source="arXiv 1703.02757, section 4 (multi-Krum)",
+    source="arXiv 1703.02757 (multi-Krum)",
     uses_weights=False,
     kind="site",
     refusal=_too_few,

@@ -17,7 +17,7 @@ OUTLIERS = 0.0001
 @method(
     "sce",
     formula="sum_{j in A} e_j t_j / sum_{j in A} e_j, e_j = mean t_j^2, t_j = tau_j where sites vary most",
-    source="arXiv 2408.07990, section 3.2, and its code's division by the weights that are left",
+    source="arXiv 2408.07990 (FuseChat: select, calculate, erase), with its code's division by the weights left",
     uses_weights=False,
     kind="tensor",
 )
@@ -52,7 +52,7 @@ def _stretched(values: "Tensor") -> "Tensor":
 @method(
     "pcb",
     formula="sum_j s_j tau_j / sum_j s_j, s_j = norm(top ratio of exp(n norm(|tau_j|)^2) tanh(tau_j sum_i tau_i))",
-    source="arXiv 2410.02396, section 3.2, as in its code",
+    source="arXiv 2410.02396 (PCB-Merging), as in its code",
     uses_weights=False,
     kind="tensor",
     copies=8,

@@ -20,7 +20,7 @@ Density = Annotated[float, Between(0.0001, 1)]
 def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tensor":
     """The sum, or weighted average, of those w_j tau_j whose sign is that of the sum of all of them.
 
-    Where the sum is zero no sign is elected and the result is zero. Source: arXiv 2306.01708, sections 3.2 and 3.3.
+    Where the sum is zero no sign is elected and the result is zero. Source: arXiv 2306.01708, algorithm 1, steps "elect" and "disjoint merge".
     """
     import torch
 
@@ -59,7 +59,7 @@ def _largest(length: int, density: float, **_: object) -> tuple[int, ...]:
 @method(
     "ties",
     formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = top density of tau_j, A = {j: sgn t_j = sgn sum w_j t_j}",
-    source="arXiv 2306.01708, algorithm 1",
+    source="arXiv 2306.01708, algorithm 1 (TIES-Merging)",
     uses_weights=True,
     ranks=_largest,
 )
@@ -85,7 +85,7 @@ def _too_much(sites: int, density: float, gamma: float, **_: object) -> str | No
 @method(
     "breadcrumbs",
     formula="sum_j w_j m_j tau_j, m_j drops the largest gamma, keeps the next density of |tau_j|",
-    source="arXiv 2312.06795, eq. 2",
+    source="arXiv 2312.06795 (Model Breadcrumbs)",
     uses_weights=True,
     ranks=_between,
     refusal=_too_much,
@@ -102,7 +102,7 @@ def breadcrumbs(
 @method(
     "breadcrumbs_ties",
     formula="sum_{j in A} w_j m_j tau_j / sum_{j in A} w_j, m_j as in breadcrumbs, A as in ties",
-    source="arXiv 2312.06795, eq. 2, and arXiv 2306.01708, sections 3.2 and 3.3",
+    source="arXiv 2312.06795 (Model Breadcrumbs) and arXiv 2306.01708 (TIES-Merging)",
     uses_weights=True,
     ranks=_between,
     refusal=_too_much,
@@ -118,7 +118,7 @@ def breadcrumbs_ties(
 @method(
     "magmax",
     formula="tau_k, k = argmax_j |tau_j|",
-    source="arXiv 2407.06322, eq. 4",
+    source="arXiv 2407.06322 (MagMax)",
     uses_weights=False,
 )
 def magmax(vectors: "Tensor", weights: "Tensor") -> "Tensor":
@@ -132,7 +132,7 @@ def magmax(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 @method(
     "emr",
     formula="g max_{j: sgn tau_j = g} |tau_j|, g = sgn sum_j tau_j",
-    source="arXiv 2405.17461, unified task vector, section 3.2",
+    source="arXiv 2405.17461 (EMR-Merging), its unified vector",
     uses_weights=False,
 )
 def emr(vectors: "Tensor", weights: "Tensor") -> "Tensor":
@@ -150,7 +150,7 @@ def _too_many_votes(sites: int, votes: int, **_: object) -> str | None:
 @method(
     "consensus",
     formula="[#{j: |tau_j| >= threshold |T - tau_j|} >= votes] T, T = sum_j tau_j",
-    source="arXiv 2405.07813, eq. 5 and 6 (TALL masks, Consensus TA)",
+    source="arXiv 2405.07813 (TALL masks, Consensus TA)",
     uses_weights=False,
     refusal=_too_many_votes,
 )

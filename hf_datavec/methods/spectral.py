@@ -14,7 +14,7 @@ from hf_datavec.methods import Between, method
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Adam's constants, arXiv 1412.6980, section 2.
+# Adam's constants, arXiv 1412.6980, algorithm 1.
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
@@ -53,7 +53,7 @@ def _joined(parts: "Sequence[tuple[Tensor, Tensor, Tensor]]") -> "tuple[Tensor, 
 @method(
     "tsv",
     formula="U diag(s) V', (U, s, V) = the top r/n singular triplets of every tau_j, U and V made orthogonal",
-    source="arXiv 2412.00081, algorithm 1 (TSV-M)",
+    source="arXiv 2412.00081 (Task Singular Vectors, TSV-M)",
     uses_weights=False,
     kind="matrix",
     otherwise="mean",
@@ -74,7 +74,7 @@ def tsv(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 @method(
     "iso_c",
     formula="mean(s) U V', U diag(s) V' = sum_j tau_j",
-    source="arXiv 2502.04959, algorithm 1",
+    source="arXiv 2502.04959 (Iso-C)",
     uses_weights=False,
     kind="matrix",
     otherwise="mean",
@@ -90,7 +90,7 @@ def iso_c(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 @method(
     "iso_cts",
     formula="mean(s) U V', (U, s, V) = top `common` of sum_j tau_j and the top rest/n of each tau_j outside it",
-    source="arXiv 2502.04959, algorithm 2",
+    source="arXiv 2502.04959 (Iso-CTS)",
     uses_weights=False,
     kind="matrix",
     otherwise="mean",
@@ -115,7 +115,7 @@ def iso_cts(vectors: "Tensor", weights: "Tensor", *, common: Annotated[float, Be
 @method(
     "wudi",
     formula="argmin_T sum_j |(T - tau_j) tau_j'|^2 / |tau_j|^2, from sum_j tau_j by `steps` of Adam",
-    source="arXiv 2503.08099, eq. 11 and algorithm 1",
+    source="arXiv 2503.08099 (WUDI-Merging), as in its code",
     uses_weights=False,
     kind="matrix",
     otherwise="mean",
