@@ -20,7 +20,9 @@ Density = Annotated[float, Between(0.0001, 1)]
 def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tensor":
     """The sum, or weighted average, of those w_j tau_j whose sign is that of the sum of all of them.
 
-    Where the sum is zero no sign is elected and the result is zero. Source: arXiv 2306.01708, algorithm 1, steps "elect" and "disjoint merge".
+    Where the sum is zero no sign is elected and the result is zero.
+
+    Source: arXiv 2306.01708, algorithm 1, its steps "elect" and "disjoint merge".
     """
     import torch
 
