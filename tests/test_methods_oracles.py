@@ -90,7 +90,7 @@ def naive_emr(vectors: Vectors, weights: list[float]) -> list[float]:
 def naive_consensus(threshold: float, votes: int) -> Callable[[Vectors, list[float]], list[float]]:
     def rule(values: list[float]) -> float:
         total = math.fsum(values)
-        needing = sum(abs(value) >= threshold * abs(total - value) for value in values)
+        needing = sum(abs(value) > threshold * abs(total - value) for value in values)
         return total if needing >= votes else 0.0
 
     return lambda vectors, weights: by_place(vectors, rule)

@@ -151,7 +151,7 @@ def _too_many_votes(sites: int, votes: int, **_: object) -> str | None:
 
 @method(
     "consensus",
-    formula="[#{j: |tau_j| >= threshold |T - tau_j|} >= votes] T, T = sum_j tau_j",
+    formula="[#{j: |tau_j| > threshold |T - tau_j|} >= votes] T, T = sum_j tau_j",
     source="arXiv 2405.07813 (TALL masks, Consensus TA)",
     uses_weights=False,
     refusal=_too_many_votes,
@@ -162,5 +162,5 @@ def consensus(
 ) -> "Tensor":  # fmt: skip
     """The sum where at least `votes` sites need it; of a head row that fewer sites have, where all of those do."""
     total = weighted_sum(vectors, [1.0] * len(vectors))
-    needed = vectors.abs() >= threshold * (total - vectors.double()).abs()
+    needed = vectors.abs() > threshold * (total - vectors.double()).abs()
     return total * (needed.sum(0) >= min(votes, len(vectors)))
