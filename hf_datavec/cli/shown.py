@@ -63,7 +63,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
             methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
     lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
     if plan.recipe.merge.clip is not None:
-        lines.append(("clip", f"vectors to at most {plan.recipe.merge.clip}"))
+        most = "the median of their norms" if plan.recipe.merge.clip == "median" else f"norm {plan.recipe.merge.clip:g}"
+        lines.append(("clip", f"vectors to at most {most}"))
     if plan.surveys:
         passes = "once" if plan.survey_passes == 1 else "twice"
         lines.append(("survey", f"whole vectors are read {passes} before the merge"))

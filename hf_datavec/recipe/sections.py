@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -14,6 +16,17 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 class _Section(BaseModel):
     # `strict`: the text "2" is no number here; YAML already knows the difference.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _known_length(value: Any) -> Any:
+    # Said in one sentence; a union of two types would give one message for each.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or value == "median" or (number and 0 < value < math.inf):
+        return value
+    raise PydanticCustomError("length", "expected 'median' or a number above 0")
+
+
+Clip = Annotated[Literal["median"] | Annotated[float, Field(gt=0)], BeforeValidator(_known_length)]
 
 
 class VectorEntry(_Section):
@@ -67,7 +80,7 @@ class Merge(_Section):
     scale: Finite = 1.0
     options: dict[str, Any] = {}
     weights: Literal["equal", "examples"] = "equal"
-    clip: Literal["median"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    clip: Clip | None = None
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     seed: Annotated[int, Field(ge=0)] = 0
 
