@@ -367,6 +367,12 @@ def test_what_a_method_cannot_merge_is_refused_by_the_plan(count, section, words
     assert words in outcome.err
 
 
+def test_an_option_that_is_one_of_some_words_names_them(sites, run):
+    section = {"method": "ties", "options": {"scope": "layer"}}
+    recipe = write_recipe(sites / "s.yaml", base="./base", vectors=["./site-0"], output="./no", merge=section)
+    assert "merge.options.scope: expected 'tensor' or 'vector', found 'layer'" in run("plan", recipe).err
+
+
 def test_fedavg_weighs_by_declared_examples_and_refuses_sites_without(sites, tmp_path):
     names = ["site-0", "site-1", "site-4"]
     by_count = fused(sites, names, method="fedavg")

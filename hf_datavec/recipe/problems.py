@@ -63,6 +63,7 @@ def _expectation(found: Any) -> str:
         "tuple_type": "expected a list",
         "string_too_short": "expected some text",
         "too_short": "expected at least one entry",
+        "literal_error": f"expected {bounds.get('expected')}",
         "greater_than_equal": f"expected a number of at least {bounds.get('ge')}",
         "less_than_equal": f"expected a number of at most {bounds.get('le')}",
     }
