@@ -317,7 +317,7 @@ def test_every_method_fuses_heads_of_different_labels(name, mixed):
     result = fused(mixed, [f"site-{n}" for n in range(5)], method=name, options={"steps": 2} if name == "wudi" else {})
     assert result["fc.weight"].shape[0] == 3
     assert all(bool(torch.isfinite(value).all()) for value in result.values())
-    if name not in ("random", "ties", "pcb", "sce", "breadcrumbs", "breadcrumbs_ties") and "dare" not in name:
+    if name not in ("random", "ties", "pcb", "breadcrumbs", "breadcrumbs_ties") and "dare" not in name:
         alone = load_file(mixed / "site-3" / "vector.safetensors")["fc.weight"][2].double()
         owl = result["fc.weight"][2].double()
         kept = owl[owl != 0]

@@ -21,7 +21,7 @@ OUTLIERS = 0.0001
     uses_weights=False,
     kind="tensor",
 )
-def sce(vectors: "Tensor", weights: "Tensor", *, select_topk: Density = 0.1) -> "Tensor":
+def sce(vectors: "Tensor", weights: "Tensor", *, select_topk: Density = 1.0) -> "Tensor":
     """The values on which sites differ most, weighed by their energy, where they agree with the sign of the sum."""
     import torch
 
