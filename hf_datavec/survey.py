@@ -75,15 +75,18 @@ def take(plan: Plan) -> Survey:
             _look(ranked, rows, Ranked.refine)
     norms = tuple(square**0.5 for square in squares)
     factors = clip_factors(norms, plan.recipe.merge.clip)
-    thresholds = {
-        key: tuple(
-            tuple(magnitude * factor for magnitude in one.magnitudes())
-            for one, factor in zip(found, factors, strict=True)
-        )
-        for key, found in ranked.items()
-    }
-    shares = {key: _shares(plan, step, products, factors) for key, step in steps.items() if step.method.kind == "site"}
-    return Survey(norms, factors, thresholds, shares)
+    return Survey(
+        norms,
+        factors,
+        {key: _thresholds(found, factors) for key, found in ranked.items()},
+        {key: _shares(plan, step, products, factors) for key, step in steps.items() if step.method.kind == "site"},
+    )
+
+
+def _thresholds(ranked: Sequence[Ranked], factors: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    return tuple(
+        tuple(magnitude * factor for magnitude in one.magnitudes()) for one, factor in zip(ranked, factors, strict=True)
+    )
 
 
 def clip_factors(norms: Sequence[float], clip: str | float | None) -> tuple[float, ...]:
