@@ -234,9 +234,20 @@ def write_recipe(options: Namespace) -> None:
     _say(f"\nrecipe: {options.output}")
 
 
+def convert(options: Namespace) -> None:
+    """Write a mergekit configuration as a recipe; notes go to stderr."""
+    import logging
+
+    from hf_datavec.pipeline import conversion
+
+    for note in conversion.convert(options.configuration, options.output, base=options.base):
+        logging.getLogger(__name__).info("note: %s", note)
+    _say(f"recipe: {options.output}")
+
+
 # The names that users type; two of them would hide Python's own inside this module.
 BY_NAME = {
     "demo": demo, "init": init, "finetune": finetune, "diff": diff, "push": push, "inspect": inspect, "plan": plan,
-    "merge": merge, "evaluate": evaluate, "list": list_vectors, "recipe": write_recipe, "methods": methods,
-    "schema": schema,
+    "merge": merge, "evaluate": evaluate, "list": list_vectors, "recipe": write_recipe, "convert": convert,
+    "methods": methods, "schema": schema,
 }  # fmt: skip

@@ -164,6 +164,13 @@ def _discovery(actions: Commands) -> None:
     recipe.add_argument("--base", metavar="BASE", help="the base, if it is a local folder")
     recipe.add_argument("-o", "--output", type=_path, required=True, metavar="RECIPE", help="file to make")
 
+    convert = _command(actions, "convert", "write a mergekit configuration for a plain merge of models as a recipe")
+    convert.add_argument("configuration", metavar="MERGEKIT_YAML", type=_path)
+    convert.add_argument(
+        "--base", metavar="BASE", help="what the models were fine-tuned from, if the file does not say"
+    )
+    convert.add_argument("-o", "--output", type=_path, required=True, metavar="RECIPE", help="file to make")
+
 
 def _reference(actions: Commands) -> None:
     methods = _command(actions, "methods", "the merge methods: formula, options, source")

@@ -35,14 +35,14 @@ def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
     ]
     for section in ("recalibrate", "evaluate"):
         if recipe.get(section, {}).get("images"):
-            recipe[section]["images"] = _moved(recipe[section]["images"], recipe_folder, folder)
+            recipe[section]["images"] = moved(recipe[section]["images"], recipe_folder, folder)
     if public:
         recipe["recalibrate"]["images"] = pinned(public.fetched, folder)
     recipe.pop("output", None)
     if prepared.output and prepared.output != folder:  # a lock inside the result cannot name its own folder
         recipe["output"] = relative(prepared.output, folder)
     if recipe.get("push"):
-        recipe["push"]["repo"] = _moved(recipe["push"]["repo"], recipe_folder, folder)
+        recipe["push"]["repo"] = moved(recipe["push"]["repo"], recipe_folder, folder)
     recipe["lock"] = {
         "base": _locked(plan.base_fetched, plan.base_digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
@@ -71,7 +71,8 @@ def pinned(fetched: Fetched, folder: Path) -> str:
     return f"{fetched.reference.repo}@{fetched.commit}"
 
 
-def _moved(reference: str, old: Path, new: Path) -> str:
+def moved(reference: str, old: Path, new: Path) -> str:
+    """A reference in a recipe in one folder as a recipe in another writes it."""
     parsed = hub.parse(reference, relative_to=old)
     return reference if parsed.path is None else relative(parsed.path, new)
 

@@ -47,7 +47,7 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
 
     Raises: InputErrors with every reason why it cannot be done.
     """
-    recipe = recipes.load(path)
+    recipe, notes = recipes.load_with_notes(path)
     references = _references(recipe, path.absolute().parent)
     if not headers_only and any(reference.repo for reference in references):
         # Headers first: a refusal must not cost a download. Their commits then pin what is downloaded, so that
@@ -61,6 +61,7 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
     contributions, errors = _contributions(recipe, references[1:], checkpoint, headers_only)
     raise_all([*errors, *_reference_errors(recipe, path.absolute().parent, checkpoint)])
     made = planning.make(recipe, base, checkpoint, contributions)
+    made = replace(made, notes=(*notes, *made.notes))
     order = tuple(one.name for one in contributions)
     return Prepared(path, recipe, made, order, path.read_text("utf-8"))
 
