@@ -10,6 +10,7 @@ from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry
 from hf_datavec.manifest import Manifest
 from hf_datavec.plan import Plan
+from hf_datavec.search import Search
 from hf_datavec.tables import markdown_table, metric_rows, size
 
 LEAK_WARNING = (
@@ -30,6 +31,7 @@ class Fusion:
     evaluation: Evaluation | None
     recipe: str
     plots: tuple[tuple[str, str], ...] = ()
+    search: Search | None = None
 
 
 def vector_card(manifest: Manifest) -> str:
@@ -120,7 +122,7 @@ Labels: {", ".join(plan.labels)}
 
 {_site_table(fusion)}
 {"".join(f"{chr(10)}![{text}]({file}){chr(10)}" for file, text in fusion.plots)}
-{_evaluation_text(fusion.evaluation)}
+{_search_text(fusion.search)}{_evaluation_text(fusion.evaluation)}
 ## How it was made
 
 {size(plan.read_bytes)} read, {size(plan.write_bytes)} written. `recipe.lock.yaml` pins base, vectors and calibration
@@ -173,6 +175,17 @@ def _site_table(fusion: Fusion) -> str:
         for one, norm in zip(fusion.plan.contributions, norms, strict=True)
     ]
     return markdown_table(("site", "weight", "norm of its vector", "images", "labels"), sorted(rows))
+
+
+def _search_text(search: Search | None) -> str:
+    if search is None:
+        return ""
+    metric = search.metric.replace("_", " ")
+    return (
+        f"\n## Search\n\nThe {search.kind} was chosen by {metric} on {search.count} labelled public images of "
+        f"`{search.images}` (digest `{search.digest[:19]}`), in percent, with 95 % bootstrap intervals over images. "
+        f"These images are no test set any more.\n\n{markdown_table((search.kind, metric, ''), search.rows)}\n"
+    )
 
 
 def _evaluation_text(evaluation: Evaluation | None) -> str:

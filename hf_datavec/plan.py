@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
@@ -15,7 +15,7 @@ from hf_datavec.hub import Fetched
 from hf_datavec.methods import Method, all_methods, applied
 from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
-from hf_datavec.vector import TaskVector, TunedDifferences, check_against, tool_versions
+from hf_datavec.vector import Combination, TaskVector, TunedDifferences, check_against, tool_versions
 
 # Below this many images the moments of a channel are mostly chance.
 FEW_IMAGES = 32
@@ -28,7 +28,7 @@ class Contribution:
 
     name: str
     fetched: Fetched
-    source: TaskVector | TunedDifferences
+    source: TaskVector | TunedDifferences | Combination
     weight: float
     digest: str  # empty for a tuned model of which only headers are at hand
 
@@ -47,6 +47,8 @@ class Contribution:
         """Whether the site's own BatchNorm statistics can be read."""
         if isinstance(self.source, TaskVector):
             return self.source.manifest.has_statistics
+        if isinstance(self.source, Combination):
+            return False
         return set(self.source.base.named(Role.STATISTIC)) <= set(self.source.tuned.names)
 
 
@@ -58,7 +60,7 @@ class Step:
     role: Role
     method: Method
     options: Mapping[str, Any]
-    scale: float
+    scale: float  # NaN as long as it is searched for
 
     @property
     def name(self) -> str:
@@ -140,6 +142,8 @@ def _records(contribution: Contribution) -> tuple[Record, ...]:
     source = contribution.source
     if isinstance(source, TaskVector):
         return tuple(source.tensors.records.values())
+    if isinstance(source, Combination):
+        return tuple(source.tensors.records.values())
     return tuple(source.tuned.tensors.records.values())
 
 
@@ -157,13 +161,34 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
     # The recipe's order must not matter, bit for bit, so sites are summed in the order of their content.
-    ordered = tuple(sorted(weighed, key=lambda one: (one.digest, one.weight, one.name)))
+    ordered = _ordered(weighed)
     labels = fused_labels(checkpoint.labels, [one.labels for one in ordered])
     steps = tuple(_steps(recipe, checkpoint, labels))
     notes = tuple(_notes(recipe, checkpoint, ordered))
     made = Plan(recipe, checkpoint, base, ordered, labels, steps, notes)
     raise_all(_average_errors(made))
     return made
+
+
+def _ordered(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+    return tuple(sorted(contributions, key=lambda one: (one.digest, one.weight, one.name)))
+
+
+def scaled(plan: Plan, scale: float) -> Plan:
+    """The same plan with a scale that was found."""
+    return with_merge(plan, plan.recipe.merge.model_copy(update={"scale": scale}))
+
+
+def weighted(plan: Plan, weights: Mapping[str, float]) -> Plan:
+    """The same plan with weights that were found, by the contributions' names."""
+    found = with_merge(plan, plan.recipe.merge.model_copy(update={"weights": "equal"}))
+    return replace(found, contributions=_ordered(replace(one, weight=weights[one.name]) for one in plan.contributions))
+
+
+def with_merge(plan: Plan, merge: Merge) -> Plan:
+    """The same plan with another `merge:`, made into steps anew."""
+    recipe = plan.recipe.model_copy(update={"merge": merge})
+    return replace(plan, recipe=recipe, steps=tuple(_steps(recipe, plan.base, plan.labels)))
 
 
 def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -267,7 +292,7 @@ def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterato
         override = first_match(merge, name)
         named, options = chosen(merge, override)
         method, options = applied(named, options, shape, head=role is Role.HEAD)
-        scale = merge.scale if override.scale is None else override.scale
+        scale = merge.factor if override.scale is None else override.scale
         yield Step(Record(name, dtype, shape, record.file, 0), role, method, options, scale)
 
 
@@ -282,6 +307,7 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
         yield f"the lock was made with {recipe.lock.tools}, this is {tool_versions()}: bytes may differ"
     if mode == "statistics" and recipe.recalibrate and recipe.recalibrate.count < FEW_IMAGES:
         yield f"recalibration on {recipe.recalibrate.count} images is unreliable; some hundreds are usual"
+    yield from _search_notes(recipe)
     known = [set(one.labels) for one in contributions]
     single = [label for label in sorted(set().union(*known)) if len(known) > 1 and sum(label in k for k in known) == 1]
     if single:
@@ -291,3 +317,9 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
         if one.digest in seen:
             yield f"'{one.name}' and '{seen[one.digest]}' have the same content and both count"
         seen.setdefault(one.digest, one.name)
+
+
+def _search_notes(recipe: Recipe) -> Iterator[str]:
+    searched, test = recipe.merge.searched, recipe.evaluate
+    if searched and test and (searched.images, searched.split) == (test.images, test.split):
+        yield "the search looks at the very images of `evaluate:`, so what they say of the result is too good"

@@ -78,6 +78,18 @@ class TunedDifferences:
         return difference
 
 
+@dataclass(frozen=True)
+class Combination:
+    """What a method made of all vectors, in float64; a merge of it alone only scales and adds it."""
+
+    labels: tuple[str, ...]
+    tensors: StoredTensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """The unscaled combination."""
+        return self.tensors.read(name)
+
+
 def rows_by_label(tensor: torch.Tensor, have: tuple[str, ...], want: tuple[str, ...]) -> torch.Tensor:
     """The rows of a head tensor in the order of other labels; zero for a label that it lacks."""
     row_of = {label: row for row, label in enumerate(have)}

@@ -145,7 +145,7 @@ def plan(options: Namespace) -> None:
 
 
 def merge(options: Namespace) -> None:
-    from hf_datavec.cli.shown import evaluation_table
+    from hf_datavec.cli.shown import evaluation_table, search_table
     from hf_datavec.pipeline import coordinator
 
     result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
@@ -161,10 +161,13 @@ def merge(options: Namespace) -> None:
                 "norms": result.geometry.norms,
                 "cosines": result.geometry.cosines,
                 "restoration": result.restoration,
+                "search": result.search.as_dict() if result.search else None,
                 "evaluation": result.evaluation.as_dict() if result.evaluation else None,
                 "pushed_to": result.pushed_to,
             }
         )
+    if result.search:
+        _say(search_table(result.search) + "\n")
     if result.evaluation:
         _say(evaluation_table(result.evaluation) + "\n")
     _say(result.restoration)

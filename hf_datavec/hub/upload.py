@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SENDABLE = (
     "vector.safetensors", "datavec.json", "config.json", "preprocessor_config.json", "model.safetensors",
     "model-?????-of-?????.safetensors", "model.safetensors.index.json", "README.md", "recipe.yaml",
-    "recipe.lock.yaml", "evaluation.json", "cosines.png", "LICENSE", "LICENSE.txt", "LICENSE.md",
+    "recipe.lock.yaml", "search.json", "evaluation.json", "cosines.png", "LICENSE", "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
 
 

@@ -18,12 +18,14 @@ from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet, open_images
+from hf_datavec.pipeline import choosing, lock
 from hf_datavec.pipeline import device as devices
-from hf_datavec.pipeline import lock
-from hf_datavec.pipeline.prepare import Prepared, calibration_images, prepare
+from hf_datavec.pipeline.choosing import Choice, Chooser
+from hf_datavec.pipeline.prepare import Prepared, calibration_images, prepare, search_images
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Recipe
+from hf_datavec.search import Search
 from hf_datavec.staging import refuse_existing, staged
 from hf_datavec.vector import TaskVector
 
@@ -46,6 +48,7 @@ class MergeResult:
     restoration: str
     evaluation: Evaluation | None
     pushed_to: str | None
+    search: Search | None = None
 
 
 def merge(path: Path, *, output: Path | None = None, push: bool = True, device: devices.Device = "auto") -> MergeResult:
@@ -57,23 +60,34 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     output = _output(prepared, output)
     refuse_existing(output)
     public, test = _image_sets(prepared)
+    labelled = search_images(prepared)
     for note in prepared.plan.notes:
         log.info("note: %s", note)
     for one in prepared.plan.contributions:
         if isinstance(one.source, TaskVector):
             one.source.verify()
     place = devices.choose(device)
-    gram = Gram()
+    gram, recipe = Gram(), prepared.recipe
     with staged(output) as folder:
-        digest = _write_weights(prepared.plan, folder, place, gram)
-        recipe = prepared.recipe
         study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
-        restoration, digest = _restore(prepared.plan, folder, public, place, digest)
-        measured = _measure(prepared.recipe, folder, test, place)
-        fusion = Fusion(output.name, prepared.plan, gram.geometry(), restoration, measured, prepared.text)
-        _describe(prepared, fusion, folder, lock.text(prepared, public, folder=output))
+
+        def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
+            digest = _write_weights(writing, folder, place, seen)
+            return _restore(plan, folder, public, place, digest)
+
+        choice = Choice(prepared.plan, prepared.plan)
+        if labelled is not None:
+            choice = Chooser(labelled, folder, make, place).choose(prepared.plan, gram)
+        prepared = replace(prepared, plan=choice.plan)
+        # A combination at hand is made of vectors that `gram` has seen already.
+        restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
+        choosing.clear(folder)
+        measured = _measure(recipe, folder, test, place)
+        fusion = Fusion(output.name, choice.plan, gram.geometry(), restoration, measured, prepared.text)
+        fusion = replace(fusion, search=choice.search)
+        _describe(prepared, fusion, folder, lock.text(prepared, public, labelled, folder=output))
     target = _pushed(prepared, output) if push and prepared.recipe.push else None
-    return MergeResult(output, prepared.plan, digest, gram.geometry(), restoration, measured, target)
+    return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, target, choice.search)
 
 
 def _output(prepared: Prepared, output: Path | None) -> Path:
@@ -103,6 +117,7 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
         log.info("note: %s", note)
     for file, records in sorted(by_file.items()):
         only = {record.name for record in records}
+        (folder / file).unlink(missing_ok=True)  # a search writes again what a network may still have mapped
         stream = fusing.run(plan, only=only, device=device, observe=gram.add, survey=survey)
         shown = progress(stream, text=f"merge {file}", total=len(records), unit="tensor")
         hashes += tensors.write_file(folder / file, records, shown)
@@ -192,6 +207,9 @@ def _describe(prepared: Prepared, fusion: Fusion, folder: Path, locked: str) -> 
         names = [one.name for one in prepared.plan.contributions]
         report.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
+    if fusion.search:
+        text = json.dumps(fusion.search.as_dict(), indent=2)
+        (folder / "search.json").write_text(text + "\n", "utf-8")
     if fusion.evaluation:
         text = json.dumps(fusion.evaluation.as_dict(), indent=2)
         (folder / "evaluation.json").write_text(text + "\n", "utf-8")

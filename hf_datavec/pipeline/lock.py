@@ -9,8 +9,8 @@ from typing import Any
 from hf_datavec import hub
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet
-from hf_datavec.pipeline.prepare import Prepared, calibration_images
-from hf_datavec.recipe import ModelEntry
+from hf_datavec.pipeline.prepare import Prepared, calibration_images, search_images
+from hf_datavec.recipe import ModelEntry, WeightSearch
 from hf_datavec.vector import tool_versions
 
 
@@ -18,21 +18,33 @@ def write(prepared: Prepared) -> Path:
     """Write the lock beside the recipe and return its path."""
     target = prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text(prepared, calibration_images(prepared), folder=target.parent), "utf-8")
+    pinned_text = text(prepared, calibration_images(prepared), search_images(prepared), folder=target.parent)
+    partial.write_text(pinned_text, "utf-8")
     partial.replace(target)
     return target
 
 
-def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
-    """The lock of a prepared recipe as YAML, for a file in `folder`; local paths become relative to it."""
+def text(prepared: Prepared, public: ImageSet | None, labelled: ImageSet | None, *, folder: Path) -> str:
+    """The lock of a prepared recipe as YAML, for a file in `folder`; local paths become relative to it.
+
+    `public` are the images of the calibration, `labelled` those of a search. What a search has found stands in its
+    place, so that merging the lock needs no search.
+    """
     plan, recipe_folder = prepared.plan, prepared.folder
     recipe = plan.recipe.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
     by_name = {one.name: one for one in plan.contributions}
     ordered = [by_name[name] for name in prepared.order]
     recipe["base"] = pinned(plan.base_fetched, folder)
     recipe["vectors"] = [
-        _entry(plan.recipe.entries[index], one.name, pinned(one.fetched, folder)) for index, one in enumerate(ordered)
+        _entry(entry, one.name, pinned(one.fetched, folder))
+        for entry, one in zip(plan.recipe.entries, ordered, strict=True)
     ]
+    if isinstance(prepared.recipe.merge.weights, WeightSearch) and not plan.recipe.merge.searched:
+        for entry, one in zip(recipe["vectors"], ordered, strict=True):
+            entry["weight"] = one.weight
+    if labelled and plan.recipe.merge.searched:
+        key = "weights" if isinstance(plan.recipe.merge.weights, WeightSearch) else "scale"
+        recipe["merge"][key]["images"] = pinned(labelled.fetched, folder)
     for section in ("recalibrate", "evaluate"):
         if recipe.get(section, {}).get("images"):
             recipe[section]["images"] = moved(recipe[section]["images"], recipe_folder, folder)
@@ -47,6 +59,7 @@ def text(prepared: Prepared, public: ImageSet | None, *, folder: Path) -> str:
         "base": _locked(plan.base_fetched, plan.base_digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
         **({"calibration": _locked(public.fetched, public.digest, folder)} if public else {}),
+        **({"search": _locked(labelled.fetched, labelled.digest, folder)} if labelled else {}),
         "tools": tool_versions(),
     }
     return dump(recipe)

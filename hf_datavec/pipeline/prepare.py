@@ -74,7 +74,7 @@ def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
 
 def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
     """What is wrong with images and push targets, so that it is known before anything is computed."""
-    for section in (recipe.recalibrate if base.has_statistics else None, recipe.evaluate):
+    for section in (recipe.recalibrate if base.has_statistics else None, recipe.merge.searched, recipe.evaluate):
         if section and section.images:
             try:
                 found = hub.parse(section.images, relative_to=folder)
@@ -106,6 +106,21 @@ def calibration_images(prepared: Prepared) -> ImageSet | None:
     images = open_images(hub.parse(str(wanted.images), relative_to=prepared.folder), split=wanted.split)
     if lock and lock.calibration and lock.calibration.digest != images.digest:
         raise planning.not_pinned("calibration images", lock.calibration, images.digest)
+    return images
+
+
+def search_images(prepared: Prepared) -> ImageSet | None:
+    """The labelled images of the recipe's search, if it has one.
+
+    Raises: InputError when they cannot be opened, have labels that the model lacks, or are not what the lock pins.
+    """
+    wanted, lock = prepared.recipe.merge.searched, prepared.recipe.lock
+    if wanted is None:
+        return None
+    images = open_images(hub.parse(wanted.images, relative_to=prepared.folder), split=wanted.split)
+    images.label_rows(prepared.plan.labels)
+    if lock and lock.search and lock.search.digest != images.digest:
+        raise planning.not_pinned("search images", lock.search, images.digest)
     return images
 
 

@@ -12,10 +12,20 @@ from hf_datavec.located import Document, LocatedError
 from hf_datavec.recipe import mergekit
 from hf_datavec.recipe.problems import method_problems, sense_problems, told
 from hf_datavec.recipe.schema import schema
-from hf_datavec.recipe.sections import LockedInput, Merge, ModelEntry, Override, Recipe, VectorEntry
+from hf_datavec.recipe.sections import (
+    LockedInput,
+    Measured,
+    Merge,
+    ModelEntry,
+    Override,
+    Recipe,
+    ScaleSearch,
+    VectorEntry,
+    WeightSearch,
+)
 
-__all__ = ["LockedInput", "Merge", "ModelEntry", "Override", "Recipe", "VectorEntry", "check", "load",
-           "load_with_notes", "mergekit", "schema"]  # fmt: skip
+__all__ = ["LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recipe", "ScaleSearch", "VectorEntry",
+           "WeightSearch", "check", "load", "load_with_notes", "mergekit", "schema"]  # fmt: skip
 
 
 def load(path: Path) -> Recipe:
