@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -274,3 +275,180 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_lines():
 )
 def test_odd_configurations_get_a_message_and_no_traceback(text, message):
     assert message in refusal(text)
+
+
+# What the methods give, against the formulas of mergekit's documentation written out for single tensors
+
+
+def elected(parts):
+    """Where the sign of a weighted difference is that of their sum."""
+    return [part.sign() == torch.stack(parts).sum(0).sign() for part in parts]
+
+
+def kept(values, first, count):
+    """The values whose rank by magnitude, from the smallest, is from `first` on, `count` of them."""
+    order = values.abs().flatten().argsort()
+    mask = torch.zeros(values.numel(), dtype=torch.double)
+    mask[order[first : first + count]] = 1
+    return values * mask.reshape(values.shape)
+
+
+def task_arithmetic(deltas, weights):
+    return sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+
+
+def ties(deltas, weights):
+    parts = [
+        weight * kept(d, d.numel() - d.numel() // 2, d.numel() // 2) for weight, d in zip(weights, deltas, strict=True)
+    ]
+    agree = elected(parts)
+    total = sum(part * same for part, same in zip(parts, agree, strict=True))
+    divisor = sum(weight * same for weight, same in zip(weights, agree, strict=True))
+    return total / divisor.where(divisor != 0, torch.ones(()).double())
+
+
+def breadcrumbs(deltas, weights):
+    parts = []
+    for weight, delta in zip(weights, deltas, strict=True):
+        count, top = delta.numel() // 2, delta.numel() // 4
+        parts.append(weight * kept(delta, delta.numel() - count - top, count))
+    return sum(parts)
+
+
+def breadcrumbs_ties(deltas, weights):
+    parts = [breadcrumbs([delta], [weight]) for delta, weight in zip(deltas, weights, strict=True)]
+    return sum(part * same for part, same in zip(parts, elected(parts), strict=True))
+
+
+def model_stock(deltas, weights):
+    a, b = (delta.flatten() for delta in deltas)
+    cosine = ((a @ b) / (a.norm() * b.norm())).clamp(min=0)
+    t = 2 * cosine / (1 + cosine)
+    return t * (deltas[0] + deltas[1]) / 2
+
+
+def nuslerp(deltas, weights):
+    a, b = (delta.flatten() for delta in deltas)
+    angle = torch.acos((a @ b) / (a.norm() * b.norm()))
+    t = weights[1] / sum(weights)
+    return (torch.sin((1 - t) * angle) * deltas[0] + torch.sin(t * angle) * deltas[1]) / torch.sin(angle)
+
+
+def sce(deltas, weights):
+    energies = [delta.square().mean() for delta in deltas]
+    agree = elected(deltas)
+    total = sum(energy * delta * same for energy, delta, same in zip(energies, deltas, agree, strict=True))
+    return total / sum(energy * same for energy, same in zip(energies, agree, strict=True))
+
+
+CASES = {
+    "task_arithmetic": (task_arithmetic, {"lambda": 0.5}, True),
+    "ties": (ties, {"density": 0.5, "int8_mask": True}, True),
+    "breadcrumbs": (breadcrumbs, {"density": 0.5, "gamma": 0.25}, True),
+    "breadcrumbs_ties": (breadcrumbs_ties, {"density": 0.5, "gamma": 0.25}, True),
+    "model_stock": (model_stock, {}, False),
+    "nuslerp": (nuslerp, {}, True),
+    "sce": (sce, {"select_topk": 1.0}, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_configuration_gives_what_the_method_says(name, models, run):
+    formula, parameters, weighs = CASES[name]
+    weights = (1.5, 0.5) if weighs else (1, 1)
+    entries = [
+        {"model": f"./{site}", **({"parameters": {"weight": weight}} if weighs else {})}
+        for site, weight in zip("ab", weights, strict=True)
+    ]
+    config = {"models": entries, "merge_method": name, "base_model": "./base", "parameters": parameters}
+    (models / "merge.yml").write_text(json.dumps(config))
+    outcome = run("merge", "merge.yml", "-o", "fused")
+    assert outcome.code == 0, outcome.err
+    base, a, b, fused = (load_file(models / place / "model.safetensors") for place in ("base", "a", "b", "fused"))
+    for tensor, found in fused.items():
+        if tensor != "classifier.bias":  # of three values half are one or two
+            deltas = [tuned[tensor].double() - base[tensor].double() for tuned in (a, b)]
+            expected = base[tensor].double() + parameters.get("lambda", 1) * formula(deltas, weights)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6, msg=tensor)
+
+
+def options_of(method: str, parameters: dict[str, object], **more: object) -> dict[str, object]:
+    entries = [{"model": f"./{site}", "parameters": {"weight": 1}} for site in "ab"]
+    config = {"models": entries, "merge_method": method, "base_model": "./base", "parameters": parameters, **more}
+    found = translate(json.dumps(config))
+    recipes.check(found.document)
+    return found.document.data["merge"]["options"]
+
+
+def test_defaults_and_ends_of_ranges_are_those_of_mergekit():
+    assert options_of("ties", {}) == {"density": 1.0, "normalize": True, "scope": "tensor"}
+    assert options_of("dare_ties", {"density": 0.3}) == {"density": 0.3, "normalize": False, "rescale": True}
+    plain = {"density": 1.0, "normalize": True, "rescale": True, "epsilon": 0.0}
+    assert options_of("della", {}) == plain
+    assert options_of("della", {"density": 0.5})["epsilon"] == 0.15
+    assert options_of("breadcrumbs", {}) == {"density": 1.0, "gamma": 0.0, "normalize": False, "scope": "tensor"}
+    assert options_of("breadcrumbs", {"density": 0.8, "gamma": 0.3})["gamma"] == 0.2
+
+
+def test_slerp_goes_from_the_base_model_to_the_other_one():
+    text = "models: [{model: ./a}, {model: ./b}]\nmerge_method: slerp\nbase_model: ./b\nparameters: {t: 0.25}\n"
+    assert refusal(text).splitlines()[0] == (
+        "merge.yml:3:13: base_model: this base_model is one of the two ends; "
+        "a recipe needs what all were fine-tuned from"
+    )
+    found = translate(text, base="./base")
+    assert found.document.data["vectors"] == [{"model": "./b", "weight": 0.75}, {"model": "./a", "weight": 0.25}]
+    assert (found.document.data["base"], found.document.data["merge"]["method"]) == ("./base", "nuslerp")
+    assert found.notes == (recipes.mergekit.equivalents.TURNED,)
+    wrong = text.replace("0.25", "2")
+    assert "merge.yml:4:17: parameters: 't' must be a number from 0 to 1, found 2" in refusal(wrong, base="./base")
+    third = text.replace("{model: ./b}]", "{model: ./b}, {model: ./c}]")
+    assert "models: it goes from base_model to one other model, found 2" in refusal(third, base="./base")
+
+
+def test_what_differs_is_said(models, run):
+    config = PLAIN.replace("linear", "dare_linear") + "parameters: {density: 0.5}\n"
+    (models / "merge.yml").write_text(config)
+    outcome = run("plan", "merge.yml")
+    assert "note: single values differ from mergekit's" in outcome.out
+    assert "note: what is kept is divided by its chance to be kept" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            PLAIN.replace("linear", "ties").replace("weight: 3", "weight: 3, density: 0.3")
+            + "parameters: {density: 0.5}\n",
+            """\
+            merge.yml:10:23: parameters.density: 'density' is 0.5 here and 0.3 elsewhere; a recipe has one
+              10 | parameters: {density: 0.5}
+                 |                       ^^^
+              hint: give all models the same value""",
+        ),
+        (
+            PLAIN.replace("linear", "ties") + "parameters: {rescale: true}\n",
+            """\
+            merge.yml:10:23: parameters.rescale: 'rescale: true' has no equal in a recipe
+              10 | parameters: {rescale: true}
+                 |                       ^^^^
+              hint: leave it out; what a recipe does is as with 'false'""",
+        ),
+        (
+            PLAIN.replace("linear", "ties") + "parameters: {density: 7}\n",
+            """\
+            merge.yml:10:23: merge.options.density: expected a number of at most 1.0, found 7
+              10 | parameters: {density: 7}
+                 |                       ^""",
+        ),
+        (
+            PLAIN.replace("linear", "task_arithmetic") + "parameters: {lambda: .nan}\n",
+            """\
+            merge.yml:10:22: merge.scale: expected a finite number, found nan
+              10 | parameters: {lambda: .nan}
+                 |                      ^^^^""",
+        ),
+    ],
+)  # fmt: skip
+def test_parameters_that_have_no_equal_are_refused_at_their_place(text, message):
+    assert refusal(text) == textwrap.dedent(message)

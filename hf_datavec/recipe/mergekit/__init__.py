@@ -113,7 +113,7 @@ def _base(reading: Reading, method: Equivalent, given: str | None) -> str | None
         reading.mark(("base",), ("base_model",))
     if given is not None:
         return given
-    if isinstance(named, str) and not method.base_is_an_end:
+    if isinstance(named, str) and not method.between:
         return named
     hint = "name it: hf-datavec convert --base MODEL"
     if named is not None:
@@ -121,7 +121,7 @@ def _base(reading: Reading, method: Equivalent, given: str | None) -> str | None
         reading.refuse(("base_model",), problem, hint=hint)
     else:
         problem = "no 'base_model:' is given; a recipe needs what all were fine-tuned from"
-        also = "" if method.base_is_an_end else ", or base_model: MODEL"
+        also = "" if method.between else ", or base_model: MODEL"
         reading.refuse(("merge_method",), problem, about=(), hint=f"{hint}{also}")
     return None
 

@@ -16,23 +16,64 @@ def write_settings(reading: Reading, method: Equivalent, models: list[str]) -> N
     """Write `vectors` and `merge` of the recipe. Problems are noted in `reading`."""
     if not _usable(reading, method, len(models)):
         return
+    if method.between:
+        _write_ends(reading, models)
+    else:
+        _write_sites(reading, method, models)
+    for option, value in method.fixed.items():
+        reading.data["merge"].setdefault("options", {})[option] = value
+
+
+def _write_sites(reading: Reading, method: Equivalent, models: list[str]) -> None:
     base = reading.at(("base_model",))
     sites = [index for index, model in enumerate(models) if model != base or method.counts_base]
-    if len(sites) < 1 + method.base_is_an_end:
-        reading.refuse(("models",), "no model is left beside the base", at="key")
+    if not sites:
+        reading.refuse(("models",), "no model is left beside the base", at="key", about=())
         return
     for name, parameter in method.parameters.items():
         _write_parameter(reading, name, parameter, sites)
-    for option, value in (method.fixed or {}).items():
-        reading.data["merge"].setdefault("options", {})[option] = value
+    _narrow(reading)
     _write_entries(reading, method, models, sites)
     if method.counts_base:
         _count_base(reading, base if base not in models else None)
 
 
+def _write_ends(reading: Reading, models: list[str]) -> None:
+    """Two models and how far between them: `t` is zero at the base and one at the other."""
+    first = reading.at(("base_model",))
+    others = [model for model in models if model != first]
+    place: KeyPath = ("parameters", "t")
+    t = reading.at(place)
+    if first is None:
+        reading.refuse(("merge_method",), "'base_model:' is missing, the model where t is 0", about=())
+    elif len(others) != 1:
+        problem = f"it goes from base_model to one other model, found {len(others)}"
+        reading.refuse(("models",), problem, at="key", about=("models",))
+    elif isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t <= 1:
+        problem = f"'t' must be a number from 0 to 1, found {'nothing' if t is None else t}"
+        reading.refuse(place if t is not None else ("merge_method",), problem, about=("parameters",))
+    else:
+        ends = [{"model": first, "weight": 1 - t}, {"model": others[0], "weight": t}]
+        reading.data["vectors"] = ends
+        reading.mark(("vectors",), ("models",))
+
+
+def _narrow(reading: Reading) -> None:
+    """Bring options to what mergekit makes of them at the ends of their ranges."""
+    options = reading.data["merge"].get("options", {})
+    density, gamma = options.get("density"), options.get("gamma")
+    if not isinstance(density, (int, float)):
+        return
+    if isinstance(gamma, (int, float)) and density + gamma > 1:
+        # Of outliers only so many are dropped that the density is kept.
+        options["gamma"] = round(max(0.0, 1 - density), 12)
+    if "epsilon" in options and density >= 1:
+        options["epsilon"] = 0.0
+
+
 def _usable(reading: Reading, method: Equivalent, models: int) -> bool:
     """Whether the parameters are known to the method and each is one value; problems are noted."""
-    known = [*method.parameters, *(["weight"] if method.weighs else [])]
+    known = [*method.parameters, *(["weight"] if method.weighs else []), *(["t"] if method.between else [])]
     before = len(reading.problems)
     paths: list[KeyPath] = [("parameters",), *(("models", index, "parameters") for index in range(models))]
     for path in paths:
@@ -45,7 +86,7 @@ def _usable(reading: Reading, method: Equivalent, models: int) -> bool:
             if isinstance(value, (list, dict)):
                 hint = "give one number; merge.overrides of a recipe treats single tensors differently"
                 reading.refuse((*path, name), f"'{name}' is given per layer or per tensor", hint=hint)
-            shared = name in method.parameters and not method.parameters[name].per_model
+            shared = name == "t" or (name in method.parameters and not method.parameters[name].per_model)
             if shared and path != ("parameters",):
                 hint = "give it under the top 'parameters:'"
                 reading.refuse(
@@ -64,7 +105,7 @@ def _write_parameter(reading: Reading, name: str, parameter: Parameter, sites: l
     places = [_setting(reading, name, index) for index in sites]
     values = [parameter.default if path is None else reading.at(path) for path in places]
     for place, value in zip(places, values, strict=True):
-        if value != values[0]:
+        if value != values[0] and value == value:  # NaN, which equals nothing, is for the recipe to refuse
             shown = place or places[0] or ()
             hint = "give all models the same value"
             reading.refuse(shown, f"'{name}' is {value} here and {values[0]} elsewhere; a recipe has one", hint=hint)
@@ -72,10 +113,8 @@ def _write_parameter(reading: Reading, name: str, parameter: Parameter, sites: l
     place, value = places[0], values[0]
     if parameter.option is None:
         if value != parameter.only and parameter.only is not None:
-            problem = (
-                f"'{name}: {_yaml(value)}' has no equal in a recipe; it always does as with {_yaml(parameter.only)}"
-            )
-            reading.refuse(place or (), problem)
+            hint = f"leave it out; what a recipe does is as with '{_yaml(parameter.only)}'"
+            reading.refuse(place or (), f"'{name}: {_yaml(value)}' has no equal in a recipe", hint=hint)
         elif place is not None:
             reading.notes.append(f"'{name}' is left out: it changes nothing here")
         return
