@@ -11,6 +11,7 @@ from hf_datavec.geometry import Geometry
 from hf_datavec.manifest import Manifest
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
+from hf_datavec.second_moments import WHAT, file_name
 from hf_datavec.tables import markdown_table, metric_rows, size
 
 LEAK_WARNING = (
@@ -61,7 +62,7 @@ It is no model and does not load as one; `hf-datavec merge` adds several of them
 * {statistics} {len(left_out)} of {len(manifest.tensors)} tensors are left out in all.
 
 {markdown_table(("role", "tensors", "stored"), roles)}
-
+{_second_moments_text(manifest)}
 ## Images
 
 {counts}
@@ -88,6 +89,19 @@ merge:
         tags=["datavec", "task-vector"],
     )
     return f"---\n{data}\n---\n{body}"
+
+
+def _second_moments_text(manifest: Manifest) -> str:
+    if not manifest.second_moments:
+        return ""
+    lines = [
+        f"* `{file_name(kind)}`: {WHAT[kind]}; of {entry.images} images.\n"
+        for kind, entry in manifest.second_moments.items()
+    ]
+    return (
+        "\n## Second moments\n\nFor methods that weigh single weights (`fisher`, `regmean`) the site shares more than "
+        "its vector. **These files summarise its private images.**\n\n" + "".join(lines)
+    )
 
 
 def _stored(manifest: Manifest, role: Role) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.methods import Method
@@ -31,6 +31,8 @@ class Sites:
     # Measured over whole vectors, when the method's scope says so; else measured on the tensor at hand.
     thresholds: tuple[tuple[float, ...], ...] | None = None
     shares: tuple[float, ...] | None = None
+    # What sites pushed beside their vectors for the tensor at hand, by its kind; nothing where it has none.
+    beside: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def chosen(self, places: Sequence[int]) -> Sites:
         """Some of the sites. Shares are renormalised; sites of which none has a share count alike."""
@@ -47,7 +49,16 @@ class Sites:
             tuple(self.factors[place] for place in places),
             self.thresholds and tuple(self.thresholds[place] for place in places),
             shares,
+            {kind: tuple(found[place] for place in places) for kind, found in self.beside.items()},
         )
+
+    def at_rows(self, places: Sequence[int]) -> Sites:
+        """The same sites for some rows of a head."""
+        rows = {
+            kind: tuple(value[list(places)] for value in found) if kind == "fisher" else found
+            for kind, found in self.beside.items()
+        }
+        return replace(self, beside=rows)
 
 
 def needs_whole(method: Method) -> bool:
@@ -75,10 +86,16 @@ def ready(
         chosen["thresholds"] = torch.tensor(
             sites.thresholds or thresholds(method, chosen, rows, sites.factors), dtype=torch.float64
         )
+    # Fisher information has one value per weight, so it is flattened as the vectors are.
+    beside = {
+        kind: torch.stack([value.reshape(-1) if kind == "fisher" else value for value in sites.beside[kind]])
+        for kind in method.from_sites
+        if kind in sites.beside
+    }
     shape = rows[0].shape
 
     def combined(vectors: Tensor) -> Tensor:
-        extra = dict(chosen)
+        extra = {**chosen, **{kind: value.to(vectors.device) for kind, value in beside.items()}}
         if "thresholds" in extra:
             extra["thresholds"] = chosen["thresholds"].to(vectors.device)
         weights = torch.tensor(sites.weights, dtype=torch.float64, device=vectors.device)

@@ -113,9 +113,9 @@ def _combined_head(
         having = tuple(index for index, one in enumerate(plan.contributions) if label in one.labels)
         groups.setdefault(having, []).append(label)
     for having, labels in groups.items():
-        some = sites.chosen(having)
-        parts = [rows_by_label(rows[index], plan.contributions[index].labels, tuple(labels)) for index in having]
         places = [plan.labels.index(label) for label in labels]
+        some = sites.chosen(having).at_rows(places)
+        parts = [rows_by_label(rows[index], plan.contributions[index].labels, tuple(labels)) for index in having]
         key, seed = step.name + "\0".join(labels), plan.recipe.merge.seed
         combine = ready(step.method, step.options, parts, some, key=key, seed=seed)
         vectors = _clipped(torch.stack([part.reshape(-1) for part in parts]).to(device), some)

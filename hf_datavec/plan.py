@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from hf_datavec.choices import chosen, first_match, method_errors, override_erro
 from hf_datavec.combine import SLICE, needs_whole
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.methods import Method, all_methods, applied
+from hf_datavec.methods import FROM_SITES, Method, all_methods, applied
 from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
 from hf_datavec.vector import Combination, TaskVector, TunedDifferences, check_against, tool_versions
@@ -157,6 +157,7 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     weighed, weight_errors = _weighed(recipe.merge, contributions)
     errors += weight_errors
     errors += method_errors(recipe.merge, [(one.name, one.weight) for one in weighed])
+    errors += _second_moment_errors(recipe.merge, weighed)
     errors += _restoration_errors(recipe, checkpoint, contributions)
     errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
@@ -214,6 +215,16 @@ def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[lis
         Contribution(one.name, one.fetched, one.source, float(one.examples or 1), one.digest) for one in contributions
     ]
     return weighed, errors
+
+
+def _second_moment_errors(merge: Merge, contributions: Sequence[Contribution]) -> Iterator[InputError]:
+    for name in used(merge):
+        for kind in all_methods()[name].from_sites:
+            for one in contributions:
+                if not isinstance(one.source, TaskVector) or kind not in one.source.beside.entries:
+                    problem = f"the method '{name}' needs {FROM_SITES[kind]}, but '{one.name}' brings none"
+                    hint = f"the site can add them: hf-datavec diff --with {kind} --images IMAGES"
+                    yield InputError(problem, hint=hint)
 
 
 def _average_errors(plan: Plan) -> Iterator[InputError]:

@@ -13,7 +13,7 @@ from hf_datavec.plan import Plan, Step
 from hf_datavec.progress import progress
 from hf_datavec.selection import Ranked
 from hf_datavec.tensors import in_file_order
-from hf_datavec.vector import refuse_nonfinite, rows_by_label
+from hf_datavec.vector import TaskVector, refuse_nonfinite, rows_by_label
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ class Survey:
             self.factors,
             self.thresholds.get(_key(step)) if step.surveys else None,
             self.shares.get(_key(step)) if step.surveys else None,
+            _beside(plan, step),
         )
 
     def notes(self, plan: Plan) -> Iterator[str]:
@@ -49,6 +50,24 @@ class Survey:
         for (method, _), shares in self.shares.items():
             found = sorted(zip(names, shares, strict=True))
             yield f"{method} takes " + ", ".join(f"{name} x {share:.3g}" for name, share in found)
+
+
+def _beside(plan: Plan, step: Step) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The second moments of a tensor that its method asks for; of a head with a row for each label of the result."""
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    for kind in step.method.from_sites:
+        values = []
+        for one in plan.contributions:
+            assert isinstance(one.source, TaskVector)  # the plan has refused others
+            value = one.source.beside.read(kind, step.name)
+            if value is None:  # no site has any of this tensor
+                break
+            refuse_nonfinite(value, step.name, one.name)
+            by_label = kind == "fisher" and step.role is Role.HEAD
+            values.append(rows_by_label(value, one.labels, plan.labels) if by_label else value)
+        else:
+            found[kind] = tuple(values)
+    return found
 
 
 def take(plan: Plan) -> Survey:

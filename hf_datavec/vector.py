@@ -13,7 +13,8 @@ from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, TensorEntry
+from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, TensorEntry
+from hf_datavec.second_moments import Kind, SecondMoments, open_beside
 from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
 from hf_datavec.tuned import Tuned
 
@@ -31,6 +32,7 @@ class TaskVector:
     folder: Path
     manifest: Manifest
     tensors: StoredTensors
+    beside: SecondMoments
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -49,6 +51,7 @@ class TaskVector:
                 f"digest {found[:19]}..., expected {self.manifest.content[:19]}...",
                 hint="the file was changed or damaged; ask the site to send it again",
             )
+        self.beside.verify()
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def write(
     with_statistics: bool = False,
     examples: Mapping[str, int] | None = None,
     training: Mapping[str, Any] | None = None,
+    second_moments: Mapping[Kind, SecondMoment] | None = None,
 ) -> Manifest:
     """Write `vector.safetensors` and `datavec.json` into a folder and return the manifest.
 
@@ -149,6 +153,7 @@ def write(
             )
             for name in sorted(base.records)
         },
+        second_moments=dict(second_moments) if second_moments else None,
         tools=tool_versions(),
     ).sealed()
     result.write(folder)
@@ -186,7 +191,7 @@ def open_vector(folder: Path) -> TaskVector:
                 InputError(f"'{file}': tensor '{name}' has shape {list(record.shape)}, its manifest says {expected}")
             )
     raise_all(errors)
-    return TaskVector(folder, manifest, tensors)
+    return TaskVector(folder, manifest, tensors, open_beside(folder, manifest))
 
 
 def base_identity(fetched: Fetched, base: Checkpoint) -> BaseIdentity:

@@ -62,9 +62,17 @@ def finetune(options: Namespace) -> None:
 
 
 def diff(options: Namespace) -> None:
+    from hf_datavec.errors import InputError
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
 
+    if bool(options.second_moments) != bool(options.images):
+        raise InputError("--with and --images belong together", hint="for example --with fisher,gram --images ./ours")
+    observed = None
+    if options.images:
+        observed = site.Observed(
+            options.second_moments, options.images, options.split, count=options.count, device=options.device
+        )
     labels = tuple(_labels(options.labels)) if options.labels else None
     manifest = site.diff(
         options.base,
@@ -73,12 +81,15 @@ def diff(options: Namespace) -> None:
         labels=labels,
         with_statistics=options.with_statistics,
         share_counts=options.share_counts,
+        observed=observed,
     )
     kinds: dict[tuple[str, bool], int] = {}
     for entry in manifest.tensors.values():
         kinds[entry.role.value, entry.stored] = kinds.get((entry.role.value, entry.stored), 0) + 1
     rows = [(role, str(count), "yes" if stored else "left out") for (role, stored), count in sorted(kinds.items())]
     _say(table(("role", "tensors", "in the vector"), rows))
+    for kind, found in (manifest.second_moments or {}).items():
+        _say(f"{kind}: second moments of {found.images} images")
     _say(f"vector: {options.output}")
 
 

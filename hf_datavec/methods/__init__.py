@@ -29,7 +29,9 @@ Kind = Literal["coordinate", "tensor", "matrix", "site"]
 # What is measured before combining: each tensor for itself, or the whole vector of a site.
 Scope = Literal["tensor", "vector"]
 # What the engine hands over beside vectors and weights to a function that names it.
-GIVEN = ("generators", "thresholds")
+GIVEN = ("generators", "thresholds", "fisher", "gram")
+# Of these, what sites push beside their vectors.
+FROM_SITES = {"fisher": "the sites' Fisher information", "gram": "the sites' Gram matrices"}
 _REGISTERED: dict[str, Method] = {}
 
 
@@ -76,6 +78,11 @@ class Method:
         """Whether the function names one of `GIVEN`."""
         return given in _parameters(self.function)
 
+    @property
+    def from_sites(self) -> tuple[str, ...]:
+        """What the function names of what sites push beside their vectors."""
+        return tuple(given for given in FROM_SITES if self.asks_for(given))
+
     def surveys(self, options: Mapping[str, Any]) -> bool:
         """Whether whole vectors must be measured before the first tensor is combined."""
         return self.chosen(options).get("scope") == "vector"
@@ -95,6 +102,7 @@ class Method:
             found.append("a survey" if self.surveys({}) else "a survey with scope: vector")
         if self.needs_counts:
             found.append("example counts")
+        found += [FROM_SITES[given] for given in self.from_sites]
         return tuple(found)
 
     def refuse(self, sites: int, options: Mapping[str, Any]) -> str | None:
