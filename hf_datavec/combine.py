@@ -31,7 +31,8 @@ class Sites:
     # Measured over whole vectors, when the method's scope says so; else measured on the tensor at hand.
     thresholds: tuple[tuple[float, ...], ...] | None = None
     shares: tuple[float, ...] | None = None
-    # What sites pushed beside their vectors for the tensor at hand, by its kind; nothing where it has none.
+    # For the tensor at hand, what sites pushed beside their vectors and the coefficients that were learned, by kind;
+    # nothing where there is none.
     beside: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def chosen(self, places: Sequence[int]) -> Sites:
@@ -89,8 +90,8 @@ def ready(
     # Fisher information has one value per weight, so it is flattened as the vectors are.
     beside = {
         kind: torch.stack([value.reshape(-1) if kind == "fisher" else value for value in sites.beside[kind]])
-        for kind in method.from_sites
-        if kind in sites.beside
+        for kind in sites.beside
+        if method.asks_for(kind)
     }
     shape = rows[0].shape
 

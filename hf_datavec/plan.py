@@ -96,6 +96,8 @@ class Plan:
     labels: tuple[str, ...]
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = field(default=())
+    # What was learned: for each tensor one number per contribution.
+    coefficients: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def read_bytes(self) -> int:
@@ -167,6 +169,7 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     steps = tuple(_steps(recipe, checkpoint, labels))
     notes = tuple(_notes(recipe, checkpoint, ordered))
     made = Plan(recipe, checkpoint, base, ordered, labels, steps, notes)
+    made = replace(made, coefficients=_locked_coefficients(made, contributions))
     raise_all(_average_errors(made))
     return made
 
@@ -290,6 +293,19 @@ def not_pinned(name: str, locked: LockedInput, digest: str) -> InputError:
         f"digest {digest[:19]}..., expected {str(locked.digest)[:19]}...",
         hint="restore the pinned input, or merge the unlocked recipe",
     )
+
+
+def _locked_coefficients(plan: Plan, listed: Sequence[Contribution]) -> Mapping[str, tuple[float, ...]]:
+    """The coefficients in the lock, which has them in the recipe's order, in the order of the plan."""
+    found = plan.recipe.lock.coefficients if plan.recipe.lock else None
+    if not found:
+        return {}
+    learned = {step.name for step in plan.steps if step.is_merged and step.method.learned}
+    if set(found) != learned or any(len(row) != len(listed) for row in found.values()):
+        problem = f"the lock's coefficients are not for these {len(learned)} tensors and {len(listed)} vectors"
+        raise InputError(problem, hint="merge the unlocked recipe, which learns them anew")
+    place = {one.name: index for index, one in enumerate(listed)}
+    return {name: tuple(row[place[one.name]] for one in plan.contributions) for name, row in found.items()}
 
 
 def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:

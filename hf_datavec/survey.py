@@ -53,7 +53,9 @@ class Survey:
 
 
 def _beside(plan: Plan, step: Step) -> dict[str, tuple[torch.Tensor, ...]]:
-    """The second moments of a tensor that its method asks for; of a head with a row for each label of the result."""
+    """Second moments that a tensor's method asks for, of a head with a row for each label, and its coefficients."""
+    import torch
+
     found: dict[str, tuple[torch.Tensor, ...]] = {}
     for kind in step.method.from_sites:
         values = []
@@ -67,6 +69,9 @@ def _beside(plan: Plan, step: Step) -> dict[str, tuple[torch.Tensor, ...]]:
             values.append(rows_by_label(value, one.labels, plan.labels) if by_label else value)
         else:
             found[kind] = tuple(values)
+    if step.method.learned and step.name in plan.coefficients:
+        row = plan.coefficients[step.name]
+        found["coefficients"] = tuple(torch.tensor(value, dtype=torch.float64) for value in row)
     return found
 
 

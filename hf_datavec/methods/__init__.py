@@ -29,7 +29,7 @@ Kind = Literal["coordinate", "tensor", "matrix", "site"]
 # What is measured before combining: each tensor for itself, or the whole vector of a site.
 Scope = Literal["tensor", "vector"]
 # What the engine hands over beside vectors and weights to a function that names it.
-GIVEN = ("generators", "thresholds", "fisher", "gram")
+GIVEN = ("generators", "thresholds", "fisher", "gram", "coefficients")
 # Of these, what sites push beside their vectors.
 FROM_SITES = {"fisher": "the sites' Fisher information", "gram": "the sites' Gram matrices"}
 _REGISTERED: dict[str, Method] = {}
@@ -53,6 +53,8 @@ class Method:
     refusal: Callable[..., str | None] | None = None
     # Whether the weights must be the sites' numbers of examples.
     needs_counts: bool = False
+    # Whether `coefficients` are learned on public images before the merge.
+    learned: bool = False
     # How many float64 copies of all vectors of a tensor the function holds at most; for the plan's bound.
     copies: int = 4
 
@@ -103,6 +105,8 @@ class Method:
         if self.needs_counts:
             found.append("example counts")
         found += [FROM_SITES[given] for given in self.from_sites]
+        if self.learned:
+            found.append("public images without labels")
         return tuple(found)
 
     def refuse(self, sites: int, options: Mapping[str, Any]) -> str | None:

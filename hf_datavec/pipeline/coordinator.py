@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_datavec import evaluate as evaluation
 from hf_datavec import hub, models, recalibrate, report, study_base, tensors
 from hf_datavec import merge as fusing
+from hf_datavec import plan as planning
 from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
@@ -20,8 +21,9 @@ from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet, open_images
 from hf_datavec.pipeline import choosing, lock
 from hf_datavec.pipeline import device as devices
+from hf_datavec.pipeline.adapting import adapt
 from hf_datavec.pipeline.choosing import Choice, Chooser
-from hf_datavec.pipeline.prepare import Prepared, calibration_images, prepare, search_images
+from hf_datavec.pipeline.prepare import Prepared, calibration_images, learning_images, prepare, search_images
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Recipe
@@ -60,7 +62,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     output = _output(prepared, output)
     refuse_existing(output)
     public, test = _image_sets(prepared)
-    labelled = search_images(prepared)
+    labelled, learning = search_images(prepared), learning_images(prepared)
     for note in prepared.plan.notes:
         log.info("note: %s", note)
     for one in prepared.plan.contributions:
@@ -75,17 +77,23 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
             digest = _write_weights(writing, folder, place, seen)
             return _restore(plan, folder, public, place, digest)
 
-        choice = Choice(prepared.plan, prepared.plan)
+        plan, adapted = prepared.plan, None
+        if learning is not None:
+            _write_weights(planning.scaled(plan, 1.0) if recipe.merge.searched else plan, folder, place, Gram())
+            plan, adapted = adapt(plan, learning, folder, device=place)
+            adapted.write(folder)
+        choice = Choice(plan, plan)
         if labelled is not None:
-            choice = Chooser(labelled, folder, make, place).choose(prepared.plan, gram)
+            choice = Chooser(labelled, folder, make, place).choose(plan, gram)
         prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         choosing.clear(folder)
+        restoration = f"{adapted.text} {restoration}" if adapted else restoration
         measured = _measure(recipe, folder, test, place)
         fusion = Fusion(output.name, choice.plan, gram.geometry(), restoration, measured, prepared.text)
         fusion = replace(fusion, search=choice.search)
-        _describe(prepared, fusion, folder, lock.text(prepared, public, labelled, folder=output))
+        _describe(prepared, fusion, folder, lock.text(prepared, public or learning, labelled, folder=output))
     target = _pushed(prepared, output) if push and prepared.recipe.push else None
     return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, target, choice.search)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_datavec import hub
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet
-from hf_datavec.pipeline.prepare import Prepared, calibration_images, search_images
+from hf_datavec.pipeline.prepare import Prepared, calibration_images, learning_images, search_images
+from hf_datavec.plan import Contribution, Plan
 from hf_datavec.recipe import ModelEntry, WeightSearch
 from hf_datavec.vector import tool_versions
 
@@ -18,7 +20,8 @@ def write(prepared: Prepared) -> Path:
     """Write the lock beside the recipe and return its path."""
     target = prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
     partial = target.with_name(f".{target.name}.partial")
-    pinned_text = text(prepared, calibration_images(prepared), search_images(prepared), folder=target.parent)
+    public = calibration_images(prepared) or learning_images(prepared)
+    pinned_text = text(prepared, public, search_images(prepared), folder=target.parent)
     partial.write_text(pinned_text, "utf-8")
     partial.replace(target)
     return target
@@ -60,9 +63,16 @@ def text(prepared: Prepared, public: ImageSet | None, labelled: ImageSet | None,
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
         **({"calibration": _locked(public.fetched, public.digest, folder)} if public else {}),
         **({"search": _locked(labelled.fetched, labelled.digest, folder)} if labelled else {}),
+        **({"coefficients": _in_order(plan, ordered)} if plan.coefficients else {}),
         "tools": tool_versions(),
     }
     return dump(recipe)
+
+
+def _in_order(plan: Plan, ordered: Sequence[Contribution]) -> dict[str, list[float]]:
+    """What was learned, one number per vector in the order of the recipe."""
+    place = {one.name: index for index, one in enumerate(plan.contributions)}
+    return {name: [row[place[one.name]] for one in ordered] for name, row in plan.coefficients.items()}
 
 
 def _entry(entry: Any, name: str, reference: str) -> dict[str, Any]:

@@ -161,6 +161,12 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
         problem = f"a weight is given although the method '{counting[0]}' weighs by example counts; keep one of the two"
         yield document.problem(("vectors", weighed[0], "weight"), problem, hint="method: linear takes given weights")
     yield from _search_problems(document, recipe, weighed)
+    learning = [name for name in methods if name in all_methods() and all_methods()[name].learned]
+    learned = recipe.lock and recipe.lock.coefficients
+    if learning and not learned and not (recipe.recalibrate and recipe.recalibrate.images):
+        problem = f"the method '{learning[0]}' learns on public images, and there are no 'recalibrate.images'"
+        hint = "add recalibrate: {images: ./public-images}, with mode: none for a network without BatchNorm"
+        yield document.problem(("merge", "method"), problem, about=("merge",), hint=hint)
     restore = recipe.recalibrate
     if restore and restore.mode == "statistics" and not restore.images:
         hint = "name a folder or data set of public images, or use mode: moments or none"

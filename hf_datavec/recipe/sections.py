@@ -172,6 +172,8 @@ class Lock(_Section):
     vectors: Annotated[tuple[LockedInput, ...], Field(strict=False)]
     calibration: LockedInput | None = None
     search: LockedInput | None = None
+    # What `adamerging` learned: for each tensor one number per vector, in the order of `vectors`.
+    coefficients: dict[str, Annotated[tuple[Finite, ...], Field(strict=False)]] | None = None
     tools: dict[str, str]
 
 
