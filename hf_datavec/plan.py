@@ -12,7 +12,7 @@ from hf_datavec.choices import chosen, first_match, method_errors, override_erro
 from hf_datavec.combine import SLICE, needs_whole
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.methods import FROM_SITES, Method, all_methods, applied
+from hf_datavec.methods import FROM_SITES, Method, all_methods, applied, as_matrix
 from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
 from hf_datavec.vector import Combination, TaskVector, TunedDifferences, check_against, tool_versions
@@ -82,7 +82,10 @@ class Step:
         # n float32 rows, and the combination, the base and the result in float64; a clipped vector is float64.
         held = 4 * sites + 3 * 8 + (8 * sites if clipped else 0)
         whole = needs_whole(self.method) or self.role is Role.HEAD
-        return values * held + (values if whole else min(values, SLICE)) * (4 + 8 * self.method.copies) * sites
+        matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
+        # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
+        beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0
+        return values * held + (values if whole else min(values, SLICE)) * (4 + 8 * self.method.copies) * sites + beside
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ class Plan:
     def read_bytes(self) -> int:
         """What the merge reads: the base once, and every vector once and for each pass of the survey."""
         stored = sum(record.nbytes for contribution in self.contributions for record in _records(contribution))
-        return self.base.tensors.nbytes + stored * (1 + self.survey_passes)
+        kinds = sorted({kind for step in self.steps if step.is_merged for kind in step.method.from_sites})
+        beside = [one.source.beside for one in self.contributions if isinstance(one.source, TaskVector)]
+        moments = sum(found.tensors[kind].nbytes for found in beside for kind in kinds)
+        return self.base.tensors.nbytes + stored * (1 + self.survey_passes) + moments
 
     @property
     def surveys(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_people import Person, consortium, online
 from networks import LABELS, NETWORKS, make_images, make_network, make_vector, tune, write_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -317,6 +318,28 @@ def test_second_moments_travel_with_the_vector(informed, run):
     assert {path.name for path in (informed / "sent").iterdir()} >= {"fisher.safetensors", "gram.safetensors"}
     manifest = json.loads((informed / "sent" / "datavec.json").read_text())
     assert set(manifest["second_moments"]) == {"fisher", "gram"}
+
+
+def test_second_moments_travel_over_the_hub(informed):
+    with online(), consortium(informed / "hub") as server:
+        for name, source in (("base", "base"), ("a", "site-a"), ("b", "site-b")):
+            site = Person("hospital-a", informed / "site", server)
+            sent = site.run("push", informed / source, f"consortium/{name}")
+            assert sent.returncode == 0, sent.stderr
+        coordinator = Person("coordinator", informed / "coordinator", server)
+        coordinator.folder.mkdir()
+        vectors = ["consortium/a", "consortium/b"]
+        sections = {"vectors": vectors, "output": "./fused", "merge": {"method": "regmean"}}
+        recipe = write_recipe(coordinator.folder / "r.yaml", base="consortium/base", **sections)
+        for command in ("plan", "merge"):
+            done = coordinator.run(command, recipe)
+            assert done.returncode == 0, done.stderr
+    local = write_recipe(informed / "r.yaml", base="./base", **{**sections, "vectors": ["./site-a", "./site-b"]})
+    from hf_datavec.cli import main
+
+    assert main(["merge", str(local)]) == 0
+    fused = informed / "coordinator" / "fused" / WEIGHTS
+    assert fused.read_bytes() == (informed / "fused" / WEIGHTS).read_bytes()
 
 
 def test_the_same_images_give_the_same_files(informed, run):

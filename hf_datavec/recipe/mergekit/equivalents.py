@@ -10,7 +10,7 @@ MASKS = "single values differ from mergekit's, whose masks are drawn anew in eac
 RESCALED = (
     "what is kept is divided by its chance to be kept, as in the papers; mergekit keeps the sum of absolute values"
 )
-ROUNDED = "density times the number of values is rounded here, and cut off in mergekit: a value of a tiny tensor more"
+ROUNDED = "density times the number of values is rounded here, and cut off in mergekit: a tensor may keep one more"
 CLAMPED = "where differences point away from each other the base stays; mergekit turns their average around"
 TURNED = "mergekit turns whole weights; here the differences to the base are turned, so the result is another"
 
