@@ -46,7 +46,7 @@ def learn(
     running ones fit no coefficients but those that they were measured with; the network's own are not needed
     afterwards. Batches follow one seeded order of the images, again and again.
 
-    Source: arXiv 2310.02575, eq. 5 and 6.
+    Source: arXiv 2310.02575 (AdaMerging), its layer-wise form.
     """
     import torch
 

@@ -35,7 +35,7 @@ def fisher(
     neither labels nor randomness are needed. One backward pass per image and class; the network is in evaluation
     mode, so images do not touch each other.
 
-    Source: arXiv 2111.09832, section 3.1, eq. 3 with the expectation over y in full.
+    Source: arXiv 2111.09832 (Fisher merging), with the expectation over y in full.
     """
     import torch
 
@@ -79,7 +79,7 @@ def gram(
     An input of a convolution is one patch, in the order in which the kernel is flattened. Depthwise and grouped
     kernels have none, since each of their channels has inputs of its own.
 
-    Source: arXiv 2212.09849, section 3.2; patches as in arXiv 1602.01407, section 3.
+    Source: arXiv 2212.09849 (RegMean); patches as in arXiv 1602.01407 (KFC).
     """
     import torch
 

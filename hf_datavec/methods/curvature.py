@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @method(
     "fisher",
     formula="sum_j w_j F_j tau_j / sum_j w_j F_j, F_j diagonal Fisher information of site j",
-    source="arXiv 2111.09832, eq. 4",
+    source="arXiv 2111.09832 (Fisher merging)",
     uses_weights=True,
     kind="tensor",
 )
@@ -37,7 +37,7 @@ def fisher_average(vectors: "Tensor", weights: "Tensor", *, fisher: "Tensor | No
 @method(
     "regmean",
     formula="(sum_j w_j tau_j G_j) (sum_j w_j G_j)^-1, G_j = a X_j^T X_j + (1-a) diag(X_j^T X_j), a = off_diagonal",
-    source="arXiv 2212.09849, eq. 2 and section 3.3",
+    source="arXiv 2212.09849 (RegMean)",
     uses_weights=True,
     kind="matrix",
 )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 @method(
     "adamerging",
     formula="sum_j c_jl tau_j in tensor l, c = argmin of the mean entropy of predictions on public images",
-    source="arXiv 2310.02575, eq. 5 and 6, layer-wise",
+    source="arXiv 2310.02575 (AdaMerging, layer-wise)",
     uses_weights=False,
     learned=True,
 )

@@ -10,7 +10,6 @@ MASKS = "single values differ from mergekit's, whose masks are drawn anew in eac
 RESCALED = (
     "what is kept is divided by its chance to be kept, as in the papers; mergekit keeps the sum of absolute values"
 )
-ROUNDED = "density times the number of values is rounded here, and cut off in mergekit: a tensor may keep one more"
 CLAMPED = "where differences point away from each other the base stays; mergekit turns their average around"
 TURNED = "mergekit turns whole weights; here the differences to the base are turned, so the result is another"
 
@@ -41,7 +40,7 @@ class Equivalent:
     notes: tuple[str, ...] = ()
 
 
-def _sparse(method: str, *, normalize: bool, rescale: Parameter, fixed: bool = True, **more: Parameter) -> Equivalent:
+def _sparse(method: str, *, normalize: bool, rescale: Parameter, drawn: bool = False, **more: Parameter) -> Equivalent:
     """A method that drops values of each difference: what all of these have in common."""
     parameters = {
         "density": Parameter("density", 1.0, per_model=True),
@@ -50,8 +49,9 @@ def _sparse(method: str, *, normalize: bool, rescale: Parameter, fixed: bool = T
         "rescale": rescale,
         **SHARED,
     }
-    notes = (ROUNDED,) if fixed else (MASKS, RESCALED)
-    return Equivalent(method, parameters, fixed={"scope": "tensor"} if fixed else {}, notes=notes)
+    if not drawn:
+        return Equivalent(method, parameters, fixed={"scope": "tensor"})
+    return Equivalent(method, parameters, notes=(MASKS, RESCALED))
 
 
 # The first says how a mask is stored and changes no value.
@@ -70,12 +70,12 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
          "density": Parameter(None, 1.0, per_model=True)},
     ),
     "ties": _sparse("ties", normalize=True, rescale=NEVER),
-    "dare_linear": _sparse("dare_linear", normalize=False, rescale=ALWAYS, fixed=False),
-    "dare_ties": _sparse("dare_ties", normalize=False, rescale=ALWAYS, fixed=False),
+    "dare_linear": _sparse("dare_linear", normalize=False, rescale=ALWAYS, drawn=True),
+    "dare_ties": _sparse("dare_ties", normalize=False, rescale=ALWAYS, drawn=True),
     "breadcrumbs": _sparse("breadcrumbs", normalize=False, rescale=NEVER, gamma=GAMMA),
     "breadcrumbs_ties": _sparse("breadcrumbs_ties", normalize=False, rescale=NEVER, gamma=GAMMA),
-    "della": _sparse("della", normalize=True, rescale=ALWAYS, fixed=False, epsilon=EPSILON),
-    "della_linear": _sparse("della_linear", normalize=False, rescale=ALWAYS, fixed=False, epsilon=EPSILON),
+    "della": _sparse("della", normalize=True, rescale=ALWAYS, drawn=True, epsilon=EPSILON),
+    "della_linear": _sparse("della_linear", normalize=False, rescale=ALWAYS, drawn=True, epsilon=EPSILON),
     "sce": Equivalent(
         "sce", {"select_topk": Parameter("select_topk", 1.0), "int8_mask": SHARED["int8_mask"]}, weighs=False
     ),
