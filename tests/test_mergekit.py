@@ -387,6 +387,10 @@ def test_defaults_and_ends_of_ranges_are_those_of_mergekit():
     assert options_of("della", {"density": 0.5})["epsilon"] == 0.15
     assert options_of("breadcrumbs", {}) == {"density": 1.0, "gamma": 0.0, "normalize": False, "scope": "tensor"}
     assert options_of("breadcrumbs", {"density": 0.8, "gamma": 0.3})["gamma"] == 0.2
+    text = PLAIN.replace("linear", "breadcrumbs") + "parameters: {density: 0.8, gamma: 0.3}\n"
+    assert translate(text).notes == (
+        "'gamma' is 0.2, what 'density' leaves of it in mergekit, up to one value of a tensor",
+    )
 
 
 def test_slerp_goes_from_the_base_model_to_the_other_one():

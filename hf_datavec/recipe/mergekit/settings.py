@@ -67,6 +67,11 @@ def _narrow(reading: Reading) -> None:
     if isinstance(gamma, (int, float)) and density + gamma > 1:
         # Of outliers only so many are dropped that the density is kept.
         options["gamma"] = round(max(0.0, 1 - density), 12)
+        if density < 1:
+            note = (
+                f"'gamma' is {options['gamma']:g}, what 'density' leaves of it in mergekit, up to one value of a tensor"
+            )
+            reading.notes.append(note)
     if "epsilon" in options and density >= 1:
         options["epsilon"] = 0.0
 
