@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from hf_datavec.errors import DatavecError
 from hf_datavec.metrics import Estimate
 from hf_datavec.tables import percent
 
@@ -22,7 +23,7 @@ class Trial:
 
     setting: float | Weights
     found: Estimate | None
-    problem: str = ""
+    error: DatavecError | None = None
 
     @property
     def usable(self) -> bool:
@@ -53,7 +54,7 @@ class Search:
         return [
             (
                 self._text(one.setting),
-                percent(one.found) if one.found else one.problem,
+                percent(one.found) if one.found else str(one.error and one.error.problem),
                 "chosen" if one is self.best else "",
             )
             for one in self.trials
@@ -82,7 +83,7 @@ class Search:
 
 def _estimate(trial: Trial) -> dict[str, float | str | None]:
     if trial.found is None or not trial.usable:
-        return {"value": None, "low": None, "high": None, **({"problem": trial.problem} if trial.problem else {})}
+        return {"value": None, "low": None, "high": None, **({"problem": trial.error.problem} if trial.error else {})}
     return {"value": trial.found.value, "low": trial.found.low, "high": trial.found.high}
 
 

@@ -196,6 +196,26 @@ def test_a_value_that_breaks_the_network_is_a_finding_and_no_end(searching, run)
     assert not (searching / "no").exists()
 
 
+def test_a_picture_that_cannot_be_read_is_a_fault_of_the_input(searching, run):
+    broken = next((searching / "public").rglob("*.png"))
+    broken.write_bytes(b"no picture")
+    outcome = run("merge", scale_recipe(searching))
+    assert outcome.code == 2
+    assert f"none of 4 settings could be measured: cannot read the image '{broken}'" in outcome.err
+    assert "  hint: repair or remove the file and run again" in outcome.err
+
+
+def test_a_metric_that_the_images_cannot_tell_is_refused(searching, run):
+    one = next(path for path in sorted((searching / "public").iterdir()))
+    one.rename(searching / "single")
+    (searching / "few").mkdir()
+    (searching / "single").rename(searching / "few" / one.name)
+    merge = {"scale": {"search": [0.5, 1.0], "images": "./few", "metric": "auroc"}}
+    outcome = run("merge", scale_recipe(searching, merge=merge))
+    assert outcome.code == 2
+    assert "none of 2 settings could be measured: auroc is not defined on these images" in outcome.err
+
+
 def test_a_plan_says_that_the_scale_is_not_known_yet(searching, run):
     recipe = scale_recipe(searching, evaluate={"images": "./public"})
     outcome = run("plan", recipe)

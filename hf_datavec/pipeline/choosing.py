@@ -13,7 +13,7 @@ from hf_datavec import merge as fusing
 from hf_datavec import models
 from hf_datavec import plan as planning
 from hf_datavec.checkpoint import Role
-from hf_datavec.errors import DatavecError, RunError
+from hf_datavec.errors import DatavecError, InputError
 from hf_datavec.geometry import Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.plan import Contribution, Plan
@@ -59,7 +59,7 @@ class Chooser:
         For a scale the vectors are read once, where `gram` sees them; their combination is kept in the folder until
         `clear` and only scaled and added each time. Weights need a combination of their own each.
 
-        Raises: RunError when no setting gives a network with finite predictions.
+        Raises: RunError or InputError when no setting can be measured, for the reason that the best of them met.
         """
         wanted = plan.recipe.merge.searched
         if isinstance(wanted, ScaleSearch):
@@ -98,7 +98,7 @@ class Chooser:
         except DatavecError as error:
             # A scale that is far too large breaks the network; that is a finding, and the others may be fine.
             log.info("search: %s: %s", _shown(setting), error.problem)
-            return Trial(setting, None, error.problem)
+            return Trial(setting, None, error)
         estimate = found.metrics[wanted.metric]
         log.info("search: %s: %s %.4f", _shown(setting), wanted.metric, estimate.value)
         return Trial(setting, estimate)
@@ -110,8 +110,9 @@ class Chooser:
             kind, wanted.metric, images.fetched.reference.identity, images.digest, len(images), names, tuple(trials)
         )
         if not search.best.usable:
-            reason = search.best.problem or f"{wanted.metric} is not defined on these images"
-            raise RunError(f"none of {len(trials)} settings could be measured: {reason}")
+            error = search.best.error or InputError(f"{wanted.metric} is not defined on these images")
+            problem = f"none of {len(trials)} settings could be measured: {error.problem}"
+            raise type(error)(problem, hint=error.hint)
         return search
 
 
