@@ -163,6 +163,12 @@ def test_learning_search_and_restoration_go_together(adapting, run):
     assert (adapting / "again" / WEIGHTS).read_bytes() == (adapting / "fused" / WEIGHTS).read_bytes()
 
 
+def test_the_order_in_the_recipe_changes_no_bit_of_what_is_learned(adapting, run):
+    for name, order in (("one", ["./site-a", "./site-b"]), ("two", ["./site-b", "./site-a"])):
+        assert run("merge", recipe_of(adapting, vectors=order), "-o", name).code == 0
+    assert (adapting / "one" / WEIGHTS).read_bytes() == (adapting / "two" / WEIGHTS).read_bytes()
+
+
 def test_learning_without_images_is_refused_at_its_place(tmp_path, run):
     (tmp_path / "r.yaml").write_text("base: ./base\nvectors: [./a]\nmerge: {method: adamerging}\n")
     outcome = run("plan", tmp_path / "r.yaml")

@@ -25,6 +25,8 @@ from hf_datavec.plan import Plan
 from hf_datavec.selection import Ranked, magnitudes
 
 WEIGHTS = "model.safetensors"
+# Those that need no more than vectors; the others have tests of their own, with what sites push and what is learned.
+ALONE = [name for name in METHODS if not all_methods()[name].from_sites and not all_methods()[name].learned]
 
 
 # Ranks without sorting
@@ -85,7 +87,7 @@ def differences(folder: Path, names: Sequence[str], tensor: str) -> list[torch.T
     return [load_file(folder / name / "vector.safetensors")[tensor] for name in names]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALONE)
 def test_every_method_fuses_a_batchnorm_network_that_loads_and_computes(name, sites):
     options = {"steps": 5} if name == "wudi" else {}
     result = fused(sites, sites_for(name), method=name, scale=0.3, options=options)
@@ -100,7 +102,7 @@ def test_every_method_fuses_a_batchnorm_network_that_loads_and_computes(name, si
     assert len(changed) == sum(key.endswith("weight") for key in before) or (name == "model_stock" and changed)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALONE)
 def test_the_order_in_the_recipe_changes_no_bit(name, sites):
     options = {"steps": 5} if name == "wudi" else {}
     names = sites_for(name)
@@ -111,7 +113,7 @@ def test_the_order_in_the_recipe_changes_no_bit(name, sites):
         assert all(torch.equal(first[key], other[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALONE)
 def test_the_engine_does_what_the_method_does_on_the_tensors(name, sites):
     if all_methods()[name].surveys({}) or all_methods()[name].needs_counts:
         pytest.skip("tested on whole vectors below")
@@ -312,7 +314,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("slerp", "nuslerp")])
+@pytest.mark.parametrize("name", [name for name in ALONE if name not in ("slerp", "nuslerp")])
 def test_every_method_fuses_heads_of_different_labels(name, mixed):
     result = fused(mixed, [f"site-{n}" for n in range(5)], method=name, options={"steps": 2} if name == "wudi" else {})
     assert result["fc.weight"].shape[0] == 3
@@ -396,7 +398,7 @@ def test_fedavg_refuses_weights_that_the_recipe_gives(sites, run):
     assert "the method 'fedavg' weighs by example counts; keep one of the two" in outcome.err
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not all_methods()[name].uses_weights])
+@pytest.mark.parametrize("name", [name for name in ALONE if not all_methods()[name].uses_weights])
 def test_every_method_without_weights_refuses_unequal_ones(name, sites):
     names = sites_for(name)
     vectors = [{"vector": f"./{site}", "weight": 1.0 + place} for place, site in enumerate(names)]

@@ -251,6 +251,17 @@ def test_a_merge_weighs_by_what_the_sites_pushed(method, informed, run):
     assert apart > 3
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_the_order_in_the_recipe_changes_no_bit(method, informed, run):
+    results = set()
+    for order in (["./site-a", "./site-b"], ["./site-b", "./site-a"]):
+        merge = {"method": method, "clip": "median"}
+        recipe = write_recipe(informed / "r.yaml", base="./base", vectors=order, merge=merge)
+        assert run("merge", recipe, "-o", order[0].replace("site", "fused")).code == 0
+        results.add((informed / order[0].replace("site", "fused") / WEIGHTS).read_bytes())
+    assert len(results) == 1
+
+
 def test_heads_of_sites_with_other_labels_keep_their_information_by_row(informed, run):
     few = make_network("test_resnet", informed / "few", labels=LABELS[:2], seed=5)
     tensors = {**load_file(informed / "tuned-a" / WEIGHTS), **{
