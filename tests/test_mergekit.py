@@ -65,7 +65,11 @@ def test_merge_reads_a_configuration_and_averages_whole_models(models, run):
     a, b, fused = (load_file(models / name / "model.safetensors") for name in ("a", "b", "fused"))
     for name, tensor in fused.items():
         torch.testing.assert_close(tensor, (3 * a[name] + b[name]) / 4, rtol=0, atol=1e-6)
-    assert run("plan", "merge.yml").code == 0
+    assert run("plan", "merge.yml", "--lock").code == 0
+    assert run("merge", "merge.lock.yaml", "-o", "again").code == 0
+    assert (models / "again" / "model.safetensors").read_bytes() == (
+        models / "fused" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_converted_recipe_in_another_folder_is_commented_valid_and_gives_the_same_bytes(models, run):
