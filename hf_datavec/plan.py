@@ -170,35 +170,19 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
     # The recipe's order must not matter, bit for bit, so sites are summed in the order of their content.
-    ordered = _ordered(weighed)
-    labels = fused_labels(checkpoint.labels, [one.labels for one in ordered])
-    steps = tuple(_steps(recipe, checkpoint, labels))
-    notes = tuple(_notes(recipe, checkpoint, ordered))
-    made = Plan(recipe, checkpoint, base, ordered, labels, steps, notes)
+    sites = ordered(weighed)
+    labels = fused_labels(checkpoint.labels, [one.labels for one in sites])
+    steps = tuple(steps_of(recipe, checkpoint, labels))
+    notes = tuple(_notes(recipe, checkpoint, sites))
+    made = Plan(recipe, checkpoint, base, sites, labels, steps, notes)
     made = replace(made, coefficients=_locked_coefficients(made, contributions))
     raise_all(_average_errors(made))
     return made
 
 
-def _ordered(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+def ordered(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+    """Contributions in the order in which they are summed."""
     return tuple(sorted(contributions, key=lambda one: (one.digest, one.weight, one.name)))
-
-
-def scaled(plan: Plan, scale: float) -> Plan:
-    """The same plan with a scale that was found."""
-    return with_merge(plan, plan.recipe.merge.model_copy(update={"scale": scale}))
-
-
-def weighted(plan: Plan, weights: Mapping[str, float]) -> Plan:
-    """The same plan with weights that were found, by the contributions' names."""
-    found = with_merge(plan, plan.recipe.merge.model_copy(update={"weights": "equal"}))
-    return replace(found, contributions=_ordered(replace(one, weight=weights[one.name]) for one in plan.contributions))
-
-
-def with_merge(plan: Plan, merge: Merge) -> Plan:
-    """The same plan with another `merge:`, made into steps anew."""
-    recipe = plan.recipe.model_copy(update={"merge": merge})
-    return replace(plan, recipe=recipe, steps=tuple(_steps(recipe, plan.base, plan.labels)))
 
 
 def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -314,7 +298,8 @@ def _locked_coefficients(plan: Plan, listed: Sequence[Contribution]) -> Mapping[
     return {name: tuple(row[place[one.name]] for one in plan.contributions) for name, row in found.items()}
 
 
-def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:
+def steps_of(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:
+    """How each tensor of the base becomes one of a result with these labels."""
     merge = recipe.merge
     for name, record in sorted(base.records.items()):
         role = base.roles[name]

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
 from hf_datavec import merge as fusing
-from hf_datavec import models
-from hf_datavec import plan as planning
+from hf_datavec import models, variants
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import DatavecError, InputError
 from hf_datavec.geometry import Gram
@@ -66,13 +65,13 @@ class Chooser:
             combined = _combined(plan, self.folder / COMBINATION, self.device, gram)
             values = progress(wanted.search, text="search", total=len(wanted.search), unit="scale")
             trials = [
-                self._trial(wanted, float(value), planning.scaled(plan, value), planning.scaled(combined, value))
+                self._trial(wanted, float(value), variants.scaled(plan, value), variants.scaled(combined, value))
                 for value in values
             ]
             search = self._result("scale", wanted, plan, trials)
             best = search.best.setting
             assert isinstance(best, float)
-            return Choice(planning.scaled(plan, best), planning.scaled(combined, best), search)
+            return Choice(variants.scaled(plan, best), variants.scaled(combined, best), search)
         assert isinstance(wanted, WeightSearch)  # nobody chooses without a search
         return self._choose_weights(wanted, plan)
 
@@ -80,14 +79,14 @@ class Chooser:
         names = [one.name for one in plan.contributions]
 
         def measure(weights: Weights) -> Trial:
-            tried = planning.weighted(plan, dict(zip(names, weights, strict=True)))
+            tried = variants.weighted(plan, dict(zip(names, weights, strict=True)))
             return self._trial(wanted, weights, tried, tried)
 
         trials = list(over_weights(len(names), wanted.rounds, measure, wanted.metric))
         search = self._result("weights", wanted, plan, trials)
         best = search.best.setting
         assert isinstance(best, tuple)
-        found = planning.weighted(plan, dict(zip(names, best, strict=True)))
+        found = variants.weighted(plan, dict(zip(names, best, strict=True)))
         return Choice(found, found, search)
 
     def _trial(self, wanted: Measured, setting: float | Weights, plan: Plan, writing: Plan) -> Trial:
@@ -153,7 +152,7 @@ def _combined(plan: Plan, path: Path, device: torch.device, gram: Gram) -> Plan:
     whole = Contribution("combination", plan.base_fetched, source, 1.0, "")
     overrides = tuple(Override(tensors=one.tensors, scale=one.scale) for one in plan.recipe.merge.overrides)
     merge = Merge(method="sum", overrides=overrides)
-    return planning.with_merge(replace(plan, contributions=(whole,)), merge)
+    return variants.with_merge(replace(plan, contributions=(whole,)), merge)
 
 
 def _shown(setting: float | Weights) -> str:

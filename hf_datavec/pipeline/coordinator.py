@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import hub, models, recalibrate, report, study_base, tensors
+from hf_datavec import hub, models, recalibrate, report, study_base, tensors, variants
 from hf_datavec import merge as fusing
-from hf_datavec import plan as planning
 from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
@@ -79,7 +78,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
 
         plan, adapted = prepared.plan, None
         if learning is not None:
-            _write_weights(planning.scaled(plan, 1.0) if recipe.merge.searched else plan, folder, place, Gram())
+            _write_weights(variants.scaled(plan, 1.0) if recipe.merge.searched else plan, folder, place, Gram())
             plan, adapted = adapt(plan, learning, folder, device=place)
             adapted.write(folder)
         choice = Choice(plan, plan)
