@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_datavec import recipe
 from hf_datavec.cli.options import parser
-from hf_datavec.methods import all_methods, options_model
+from hf_datavec.methods import all_methods, ranges
 from hf_datavec.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -35,20 +35,32 @@ def methods() -> str:
     """The table of merge methods."""
     rows = []
     for name, method in all_methods().items():
-        schema = options_model(name).model_json_schema().get("properties", {})
-        options = ", ".join(f"`{option}` (default {json.dumps(entry['default'])})" for option, entry in schema.items())
-        weights = "yes" if method.uses_weights else "no"
-        rows.append((f"`{name}`", f"`{method.formula}`", method.summary, weights, options or "-", method.source))
-    return markdown_table(("method", "formula", "what it is", "weights", "options", "source"), rows)
+        options = ", ".join(f"`{text}`" for text in ranges(name))
+        weights, needs = "yes" if method.uses_weights else "no", ", ".join(method.needs)
+        rows.append((f"`{name}`", f"`{method.formula}`", method.summary, weights, needs or "-", options or "-"))
+    return markdown_table(("method", "formula", "what it is", "weights", "needs", "options"), rows)
+
+
+def sources() -> str:
+    """The table of where merge methods come from and what they do with each kind of tensor."""
+    rows = []
+    for name, method in all_methods().items():
+        other = f"`{method.otherwise}` for vectors, depthwise kernels and heads" if method.otherwise else "-"
+        rows.append((f"`{name}`", method.kind, other, method.source))
+    return markdown_table(("method", "kind", "otherwise", "source"), rows)
+
+
+def _filled(text: str, name: str, content: str) -> str:
+    table = f"<!-- generated: {name} -->\n{content}\n<!-- end -->"
+    return re.sub(f"<!-- generated: {name} -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
 
 
 def documents() -> dict[Path, str]:
     """Every generated file with its content."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    table = f"<!-- generated: methods -->\n{methods()}\n<!-- end -->"
-    readme = re.sub(r"<!-- generated: methods -->.*?<!-- end -->", lambda _: table, readme, flags=re.DOTALL)
+    readme, pages = ROOT / "README.md", ROOT / "docs" / "methods.md"
     return {
-        ROOT / "README.md": readme,
+        readme: _filled(readme.read_text("utf-8"), "methods", methods()),
+        pages: _filled(pages.read_text("utf-8"), "sources", sources()),
         ROOT / "docs" / "commands.md": commands(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
     }

@@ -50,7 +50,8 @@ class TaskVector:
     """
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._manifest = manifest
+        # Second moments that lie beside a stored vector do not come along.
+        self._manifest = manifest.model_copy(update={"second_moments": None})
         self.tensors = dict(tensors)
 
     @property

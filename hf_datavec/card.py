@@ -14,6 +14,8 @@ from hf_datavec.geometry import Geometry
 from hf_datavec.hub import Fetched
 from hf_datavec.manifest import Manifest
 from hf_datavec.plan import Plan
+from hf_datavec.search import Search
+from hf_datavec.second_moments import WHAT, file_name
 from hf_datavec.tables import markdown_table, metric_rows, size
 
 # Where a card keeps its metadata: YAML between two lines of dashes at its beginning.
@@ -37,6 +39,7 @@ class Fusion:
     recipe: str
     calibration: Fetched | None = None
     plots: tuple[tuple[str, str], ...] = ()
+    search: Search | None = None
 
     @property
     def locked(self) -> bool:
@@ -71,7 +74,7 @@ It is no model and does not load as one; `hf-datavec merge` adds several of them
 * {statistics} {len(left_out)} of {len(manifest.tensors)} tensors are left out in all.
 
 {markdown_table(("role", "tensors", "stored"), roles)}
-
+{_second_moments_text(manifest)}
 ## Images
 
 {counts}
@@ -101,9 +104,26 @@ merge:
     return f"---\n{data}\n---\n{body}"
 
 
+def _second_moments_text(manifest: Manifest) -> str:
+    if not manifest.second_moments:
+        return ""
+    lines = [
+        f"* `{file_name(kind)}`: {WHAT[kind]}; of {entry.images} images.\n"
+        for kind, entry in manifest.second_moments.items()
+    ]
+    return (
+        "\n## Second moments\n\nFor methods that weigh single weights (`fisher`, `regmean`) the site shares more than "
+        "its vector. **These files summarise its private images.**\n\n" + "".join(lines)
+    )
+
+
 def _stored(manifest: Manifest, role: Role) -> str:
     entries = [entry for entry in manifest.tensors.values() if entry.role is role]
     return "yes" if entries and all(entry.stored for entry in entries) else "no"
+
+
+def _clip(clip: str | float) -> str:
+    return "the median of their norms" if clip == "median" else f"norm {clip}"
 
 
 def fused_card(fusion: Fusion) -> str:
@@ -112,6 +132,7 @@ def fused_card(fusion: Fusion) -> str:
     library = plan.base.library
     merge = plan.recipe.merge
     options = "".join(f", {name} {value}" for name, value in merge.options.items())
+    options += f", vectors clipped to {_clip(merge.clip)}" if merge.clip else ""
     body = f"""
 # {fusion.name}
 
@@ -128,7 +149,7 @@ Labels: {", ".join(plan.labels)}
 
 {_site_table(fusion)}
 {"".join(f"{chr(10)}![{text}]({file}){chr(10)}" for file, text in fusion.plots)}
-{_evaluation_text(fusion.evaluation)}
+{_search_text(fusion.search)}{_evaluation_text(fusion.evaluation)}
 ## How it was made
 
 {_calibration_text(fusion)}{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. {_lock_text(fusion)}
@@ -224,6 +245,17 @@ def _site_table(fusion: Fusion) -> str:
         for one, norm in zip(fusion.plan.contributions, norms, strict=True)
     ]
     return markdown_table(("site", "weight", "norm of its vector", "images", "labels"), sorted(rows))
+
+
+def _search_text(search: Search | None) -> str:
+    if search is None:
+        return ""
+    metric = search.metric.replace("_", " ")
+    return (
+        f"\n## Search\n\nThe {search.kind} was chosen by {metric} on {search.count} labelled public images of "
+        f"`{search.images}` (digest `{search.digest[:19]}`), in percent, with 95 % bootstrap intervals over images. "
+        f"These images are no test set any more.\n\n{markdown_table((search.kind, metric, ''), search.rows)}\n"
+    )
 
 
 def _evaluation_text(evaluation: Evaluation | None) -> str:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
+from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
+from hf_datavec.combine import SLICE, Sites, needs_whole, ready
 from hf_datavec.errors import InputError
-from hf_datavec.plan import Contribution, Plan, Step
+from hf_datavec.plan import Plan, Step
+from hf_datavec.survey import Survey
 from hf_datavec.tensors import TORCH_NAMES, in_file_order
 from hf_datavec.vector import refuse_nonfinite, rows_by_label
 
 if TYPE_CHECKING:
     import torch
 
-# Coordinates combined at a time on a CPU. A slice of some sites in float32 and float64 fits into a core's cache,
-# and it is torch's own grain: below it an operation runs on one thread and waits for no other.
-SLICE = 2**15
+    # Where combining happens, and who watches.
+    Place = tuple[torch.device | str, Callable[[torch.Tensor], None] | None]
 
 
 def run(
@@ -27,21 +28,23 @@ def run(
     only: Collection[str] | None = None,
     device: torch.device | str = "cpu",
     observe: Callable[[torch.Tensor], None] | None = None,
+    survey: Survey | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, fused tensor) for the base's tensors, or those in `only`, in the order of a safetensors file.
 
     `observe` sees the sites' vectors of each tensor, shape (n, d), except for heads, whose rows may differ
-    from site to site.
+    from site to site. `survey` is what `survey.take` found; without it the vectors are measured here.
 
     Raises: InputError for NaN or infinite values in a vector, and for a result that overflows its type.
     """
     steps = {step.name: step for step in plan.steps if only is None or step.name in only}
+    survey = survey or surveys.take(plan)
     for record in in_file_order(step.record for step in steps.values()):
         step = steps[record.name]
-        if step.role in (Role.STATISTIC, Role.CONSTANT):
-            yield step.name, _kept(plan, step)
+        if step.is_merged:
+            yield step.name, _fused(plan, step, survey.sites(plan, step), (device, observe)).cpu()
         else:
-            yield step.name, _fused(plan, step, device, observe).cpu()
+            yield step.name, _kept(plan, step)
 
 
 def _kept(plan: Plan, step: Step) -> torch.Tensor:
@@ -49,28 +52,29 @@ def _kept(plan: Plan, step: Step) -> torch.Tensor:
     return tensor if step.role is Role.CONSTANT else _cast(step, tensor)
 
 
-def _fused(
-    plan: Plan, step: Step, device: torch.device | str, observe: Callable[[torch.Tensor], None] | None
-) -> torch.Tensor:
+def _fused(plan: Plan, step: Step, sites: Sites, place: Place) -> torch.Tensor:
     """Base plus scaled combination in float64, so that the cast to the result's type is the only rounding."""
     import torch
 
+    device, observe = place
     base = plan.base.tensors.read(step.name)
     rows = [one.source.read(step.name) for one in plan.contributions]
     if step.role is Role.HEAD:
         for one, row in zip(plan.contributions, rows, strict=True):
             refuse_nonfinite(row, step.name, one.name)
         base = rows_by_label(base, plan.base.labels, plan.labels).to(device)
-        return _cast(step, base.double() + step.scale * _combined_head(plan, step, [row.to(device) for row in rows]))
+        return _cast(step, base.double() + step.scale * _combined_head(plan, step, rows, sites, device))
     result = torch.empty(step.record.shape, dtype=getattr(torch, TORCH_NAMES[step.record.dtype]), device=device)
     flat, flat_base, flat_rows = result.view(-1), base.reshape(-1), [row.reshape(-1) for row in rows]
-    for start in range(0, max(1, len(flat)), _slice_length(step, len(flat), device)):
-        part = slice(start, start + _slice_length(step, len(flat), device))
+    combine = ready(step.method, step.options, rows, sites, key=step.name, seed=plan.recipe.merge.seed)
+    length = _slice_length(step, len(flat), device)
+    for start in range(0, max(1, len(flat)), length):
+        part = slice(start, start + length)
         vectors = torch.stack([row[part] for row in flat_rows]).to(device)
         _refuse_nonfinite_rows(plan, step, vectors)
         if observe is not None:
             observe(vectors)
-        combined = _combined(plan, step, plan.contributions, vectors)
+        combined = combine(_clipped(vectors, sites))
         # float32 plus float64 is float64, without a copy of the base in between
         flat[part] = _cast(step, torch.add(flat_base[part].to(device), combined, alpha=step.scale))
     return result
@@ -78,8 +82,16 @@ def _fused(
 
 def _slice_length(step: Step, length: int, device: torch.device | str) -> int:
     """How many coordinates are combined at a time: what stays in a core's cache, or all of them."""
-    whole = step.method.kind == "tensor" or str(device) != "cpu"
+    whole = needs_whole(step.method) or str(device) != "cpu"
     return max(1, length) if whole else SLICE
+
+
+def _clipped(vectors: torch.Tensor, sites: Sites) -> torch.Tensor:
+    import torch
+
+    if all(factor == 1 for factor in sites.factors):
+        return vectors
+    return vectors.double() * torch.tensor(sites.factors, dtype=torch.float64, device=vectors.device)[:, None]
 
 
 def _refuse_nonfinite_rows(plan: Plan, step: Step, vectors: torch.Tensor) -> None:
@@ -89,46 +101,26 @@ def _refuse_nonfinite_rows(plan: Plan, step: Step, vectors: torch.Tensor) -> Non
             refuse_nonfinite(one.source.read(step.name), step.name, one.name)
 
 
-def _combined(
-    plan: Plan, step: Step, contributions: Sequence[Contribution], vectors: torch.Tensor, part: str = ""
+def _combined_head(
+    plan: Plan, step: Step, rows: list[torch.Tensor], sites: Sites, device: torch.device | str
 ) -> torch.Tensor:
-    """What the method makes of vectors (n, d): a vector (d,), in float64."""
-    import torch
-
-    weights = torch.tensor([one.weight for one in contributions], dtype=torch.float64, device=vectors.device)
-    extra = {}
-    if step.method.kind == "tensor":
-        seed = plan.recipe.merge.seed
-        extra["generators"] = [_generator(seed, one.digest, step.name + part) for one in contributions]
-    result: torch.Tensor = step.method.function(vectors, weights, **extra, **step.options)
-    return result.double()
-
-
-def _combined_head(plan: Plan, step: Step, rows: list[torch.Tensor]) -> torch.Tensor:
     """The head's combination, row by row over the sites that have the row's label."""
     import torch
 
-    result = torch.zeros(step.record.shape, dtype=torch.float64, device=rows[0].device)
+    result = torch.zeros(step.record.shape, dtype=torch.float64, device=device)
     groups: dict[tuple[int, ...], list[str]] = {}
     for label in plan.labels:
         having = tuple(index for index, one in enumerate(plan.contributions) if label in one.labels)
         groups.setdefault(having, []).append(label)
     for having, labels in groups.items():
-        sites = [plan.contributions[index] for index in having]
-        parts = [rows_by_label(rows[index], plan.contributions[index].labels, tuple(labels)) for index in having]
         places = [plan.labels.index(label) for label in labels]
-        vectors = torch.stack([part.reshape(-1) for part in parts])
-        combined = _combined(plan, step, sites, vectors, part="\0".join(labels))
-        result[places] = combined.reshape(parts[0].shape)
+        some = sites.chosen(having).at_rows(places)
+        parts = [rows_by_label(rows[index], plan.contributions[index].labels, tuple(labels)) for index in having]
+        key, seed = step.name + "\0".join(labels), plan.recipe.merge.seed
+        combine = ready(step.method, step.options, parts, some, key=key, seed=seed)
+        vectors = _clipped(torch.stack([part.reshape(-1) for part in parts]).to(device), some)
+        result[places] = combine(vectors).reshape(parts[0].shape)
     return result
-
-
-def _generator(seed: int, digest: str, name: str) -> torch.Generator:
-    """Random numbers that depend on the seed, the vector's content and the tensor alone."""
-    import torch
-
-    key = hashlib.sha256(f"{seed}\0{digest}\0{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
 
 
 def _cast(step: Step, tensor: torch.Tensor) -> torch.Tensor:

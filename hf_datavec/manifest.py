@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,6 +47,13 @@ class TensorEntry(_Part):
     stored: bool
 
 
+class SecondMoment(_Part):
+    """One file of second moments beside the vector: the digest of its tensors and how many images it is of."""
+
+    content: str
+    images: int = Field(ge=1)
+
+
 class Manifest(_Part):
     """The content of `datavec.json`: `content` is the digest of the tensors, `digest` that of all the rest.
 
@@ -63,6 +70,7 @@ class Manifest(_Part):
     training: dict[str, Any] | None = None
     norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tensors: dict[str, TensorEntry]
+    second_moments: dict[Literal["fisher", "gram"], SecondMoment] | None = None
     tools: dict[str, str]
 
     @property

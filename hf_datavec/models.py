@@ -131,3 +131,18 @@ def refuse_unloadable(folder: Path) -> None:
         load_module(open_checkpoint(folder))
     except InputError as error:
         raise RunError(f"the result does not load and was not kept: {error.problem}") from None
+
+
+def stored_names(network: Network) -> dict[str, str]:
+    """The name of each tensor in memory, by the name that the model's file uses.
+
+    Numbers are saved in place of the tensors by the library's own code, and read back under the names in the file.
+    """
+    import torch
+
+    live = list(network.module.state_dict())
+    numbered = {name: torch.tensor([number], dtype=torch.float64) for number, name in enumerate(live)}
+    with tempfile.TemporaryDirectory() as folder:
+        network.module.save_pretrained(folder, state_dict=numbered)
+        stored = open_folder(Path(folder))
+        return {name: live[int(stored.read(name)[0])] for name in stored.records}

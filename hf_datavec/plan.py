@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
+from hf_datavec.combine import SLICE, needs_whole
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.methods import Method, all_methods
-from hf_datavec.recipe import LockedInput, Merge, Override, Recipe
+from hf_datavec.methods import FROM_SITES, Method, all_methods, applied, as_matrix
+from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
-from hf_datavec.vector import TaskVector, TunedDifferences, check_against, tool_versions
+from hf_datavec.vector import Combination, TaskVector, TunedDifferences, check_against, tool_versions
 
 # Below this many images the moments of a channel are mostly chance.
 FEW_IMAGES = 32
@@ -27,7 +28,7 @@ class Contribution:
 
     name: str
     fetched: Fetched
-    source: TaskVector | TunedDifferences
+    source: TaskVector | TunedDifferences | Combination
     weight: float
     digest: str  # empty for a tuned model of which only headers are at hand
 
@@ -46,6 +47,8 @@ class Contribution:
         """Whether the site's own BatchNorm statistics can be read."""
         if isinstance(self.source, TaskVector):
             return self.source.manifest.has_statistics
+        if isinstance(self.source, Combination):
+            return False
         return set(self.source.base.named(Role.STATISTIC)) <= set(self.source.tuned.names)
 
 
@@ -57,11 +60,32 @@ class Step:
     role: Role
     method: Method
     options: Mapping[str, Any]
-    scale: float
+    scale: float  # NaN as long as it is searched for
 
     @property
     def name(self) -> str:
         return self.record.name
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the tensor is combined from the sites' vectors."""
+        return self.role in (Role.WEIGHT, Role.HEAD)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether its method measures whole vectors first."""
+        return self.is_merged and self.method.surveys(self.options)
+
+    def peak_bytes(self, sites: int, *, clipped: bool) -> int:
+        """A bound on the memory that combining takes."""
+        values = math.prod(self.record.shape)
+        # n float32 rows, and the combination, the base and the result in float64; a clipped vector is float64.
+        held = 4 * sites + 3 * 8 + (8 * sites if clipped else 0)
+        whole = needs_whole(self.method) or self.role is Role.HEAD
+        matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
+        # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
+        beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0
+        return values * held + (values if whole else min(values, SLICE)) * (4 + 8 * self.method.copies) * sites + beside
 
 
 @dataclass(frozen=True)
@@ -75,12 +99,28 @@ class Plan:
     labels: tuple[str, ...]
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = field(default=())
+    # What was learned: for each tensor one number per contribution.
+    coefficients: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def read_bytes(self) -> int:
-        """What the merge reads: the base once and every vector once."""
+        """What the merge reads: the base once, and every vector once and for each pass of the survey."""
         stored = sum(record.nbytes for contribution in self.contributions for record in _records(contribution))
-        return self.base.tensors.nbytes + stored
+        kinds = sorted({kind for step in self.steps if step.is_merged for kind in step.method.from_sites})
+        beside = [one.source.beside for one in self.contributions if isinstance(one.source, TaskVector)]
+        moments = sum(found.tensors[kind].nbytes for found in beside for kind in kinds)
+        return self.base.tensors.nbytes + stored * (1 + self.survey_passes) + moments
+
+    @property
+    def surveys(self) -> bool:
+        """Whether whole vectors are measured before the first tensor is combined."""
+        return self.recipe.merge.clip is not None or any(step.surveys for step in self.steps)
+
+    @property
+    def survey_passes(self) -> int:
+        """How often the vectors are read before the merge itself; exact ranks take two looks."""
+        ranked = any(step.surveys and step.method.ranks for step in self.steps)
+        return (2 if ranked else 1) if self.surveys else 0
 
     @property
     def download_bytes(self) -> int:
@@ -101,15 +141,16 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """A bound on the memory of the merge itself beyond mapped files: the largest tensor of all sites at once."""
-        largest = max((math.prod(step.record.shape) for step in self.steps), default=0)
-        # n float32 rows, and the combination, the base and the result in float64.
-        return largest * (4 * len(self.contributions) + 3 * 8)
+        """A bound on the memory of the merge itself beyond mapped files: one tensor of all sites at once."""
+        sites, clipped = len(self.contributions), self.recipe.merge.clip is not None
+        return max((step.peak_bytes(sites, clipped=clipped) for step in self.steps), default=0)
 
 
 def _records(contribution: Contribution) -> tuple[Record, ...]:
     source = contribution.source
     if isinstance(source, TaskVector):
+        return tuple(source.tensors.records.values())
+    if isinstance(source, Combination):
         return tuple(source.tensors.records.values())
     return tuple(source.tuned.tensors.records.values())
 
@@ -123,18 +164,25 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors += _lock_errors(recipe, base, checkpoint, contributions)
     weighed, weight_errors = _weighed(recipe.merge, contributions)
     errors += weight_errors
-    errors += _method_errors(recipe.merge, weighed)
+    errors += method_errors(recipe.merge, [(one.name, one.weight) for one in weighed])
+    errors += _second_moment_errors(recipe.merge, weighed)
     errors += _restoration_errors(recipe, checkpoint, contributions)
-    errors += _override_errors(recipe.merge, checkpoint)
+    errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
     # The recipe's order must not matter, bit for bit, so sites are summed in the order of their content.
-    ordered = tuple(sorted(weighed, key=lambda one: (one.digest, one.weight, one.name)))
-    labels = fused_labels(checkpoint.labels, [one.labels for one in ordered])
-    steps = tuple(_steps(recipe, checkpoint, labels))
-    notes = tuple(_notes(recipe, checkpoint, ordered))
-    made = Plan(recipe, checkpoint, base, ordered, labels, steps, notes)
+    sites = ordered(weighed)
+    labels = fused_labels(checkpoint.labels, [one.labels for one in sites])
+    steps = tuple(steps_of(recipe, checkpoint, labels))
+    notes = tuple(_notes(recipe, checkpoint, sites))
+    made = Plan(recipe, checkpoint, base, sites, labels, steps, notes)
+    made = replace(made, coefficients=_locked_coefficients(made, contributions))
     raise_all(_average_errors(made))
     return made
+
+
+def ordered(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+    """Contributions in the order in which they are summed."""
+    return tuple(sorted(contributions, key=lambda one: (one.digest, one.weight, one.name)))
 
 
 def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -144,11 +192,13 @@ def fused_labels(base: tuple[str, ...], sites: list[tuple[str, ...]]) -> tuple[s
 
 
 def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[list[Contribution], list[InputError]]:
-    if merge.weights != "examples":
+    counting = [name for name in used(merge) if all_methods()[name].needs_counts]
+    if merge.weights != "examples" and not counting:
         return list(contributions), []
+    why = "merge.weights is 'examples'" if merge.weights == "examples" else f"the method '{counting[0]}' weighs sites"
     errors = [
         InputError(
-            f"merge.weights is 'examples', but '{one.name}' declares no example counts",
+            f"{why}, but '{one.name}' declares no example counts",
             hint="the site can add them with `hf-datavec diff --share-counts`; or give each vector a weight",
         )
         for one in contributions
@@ -160,21 +210,22 @@ def _weighed(merge: Merge, contributions: tuple[Contribution, ...]) -> tuple[lis
     return weighed, errors
 
 
-def _method_errors(merge: Merge, contributions: list[Contribution]) -> Iterator[InputError]:
-    used = {merge.method, *(override.method for override in merge.overrides if override.method)}
-    weights = [one.weight for one in contributions]
-    for name in sorted(used):
-        method = all_methods()[name]
-        if not method.uses_weights and len(set(weights)) > 1:
-            given = ", ".join(f"{one.name}: {one.weight:g}" for one in contributions)
-            hint = "use method: linear, or leave the weights out"
-            yield InputError(f"the method '{name}' ignores weights, but they differ ({given})", hint=hint)
+def _second_moment_errors(merge: Merge, contributions: Sequence[Contribution]) -> Iterator[InputError]:
+    for name in used(merge):
+        for kind in all_methods()[name].from_sites:
+            for one in contributions:
+                if not isinstance(one.source, TaskVector) or kind not in one.source.beside.entries:
+                    problem = f"the method '{name}' needs {FROM_SITES[kind]}, but '{one.name}' brings none"
+                    hint = f"the site can add them: hf-datavec diff --with {kind} --images IMAGES"
+                    yield InputError(problem, hint=hint)
 
 
 def _average_errors(plan: Plan) -> Iterator[InputError]:
     """Averages need weights of at least zero, and for each label a site whose weight is above."""
     averaging = {
-        step.method.name for step in plan.steps if step.method.uses_weights and step.options.get("normalize", True)
+        step.method.name
+        for step in plan.steps
+        if step.method.uses_weights and step.method.chosen(step.options).get("normalize", True)
     }
     restore = plan.recipe.recalibrate
     if restore and restore.mode == "moments" and plan.base.has_statistics:
@@ -208,14 +259,6 @@ def _restoration_errors(
             yield InputError(problem, hint=hint)
 
 
-def _override_errors(merge: Merge, base: Checkpoint) -> Iterator[InputError]:
-    names = base.named(Role.WEIGHT, Role.HEAD)
-    for override in merge.overrides:
-        if not any(re.fullmatch(override.tensors, name) for name in names):
-            hint = f"a pattern must match a whole name such as '{names[0]}'"
-            yield InputError(f"the override '{override.tensors}' matches no tensor of the base", hint=hint)
-
-
 def _lock_errors(
     recipe: Recipe, fetched: Fetched, base: Checkpoint, contributions: tuple[Contribution, ...]
 ) -> Iterator[InputError]:
@@ -242,28 +285,33 @@ def not_pinned(name: str, locked: LockedInput, digest: str) -> InputError:
     )
 
 
-def _steps(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:
-    merge, methods = recipe.merge, all_methods()
+def _locked_coefficients(plan: Plan, listed: Sequence[Contribution]) -> Mapping[str, tuple[float, ...]]:
+    """The coefficients in the lock, which has them in the recipe's order, in the order of the plan."""
+    found = plan.recipe.lock.coefficients if plan.recipe.lock else None
+    if not found:
+        return {}
+    learned = {step.name for step in plan.steps if step.is_merged and step.method.learned}
+    if set(found) != learned or any(len(row) != len(listed) for row in found.values()):
+        problem = f"the lock's coefficients are not for these {len(learned)} tensors and {len(listed)} vectors"
+        raise InputError(problem, hint="merge the unlocked recipe, which learns them anew")
+    place = {one.name: index for index, one in enumerate(listed)}
+    return {name: tuple(row[place[one.name]] for one in plan.contributions) for name, row in found.items()}
+
+
+def steps_of(recipe: Recipe, base: Checkpoint, labels: tuple[str, ...]) -> Iterator[Step]:
+    """How each tensor of the base becomes one of a result with these labels."""
+    merge = recipe.merge
     for name, record in sorted(base.records.items()):
         role = base.roles[name]
         shape = base.shape_with(name, labels)
         dtype = record.dtype
         if recipe.dtype and role is not Role.CONSTANT:
             dtype = STORED_AS[recipe.dtype]
-        override = _first_match(merge, name)
-        method = methods[override.method or merge.method]
-        options = override.options if override.options is not None else merge.options
-        if override.method and override.method != merge.method and override.options is None:
-            options = {}  # options of one method mean nothing to another
-        scale = merge.scale if override.scale is None else override.scale
+        override = first_match(merge, name)
+        named, options = chosen(merge, override)
+        method, options = applied(named, options, shape, head=role is Role.HEAD)
+        scale = merge.factor if override.scale is None else override.scale
         yield Step(Record(name, dtype, shape, record.file, 0), role, method, options, scale)
-
-
-def _first_match(merge: Merge, name: str) -> Override:
-    for override in merge.overrides:
-        if re.fullmatch(override.tensors, name):
-            return override
-    return Override(tensors=".*")
 
 
 def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, ...]) -> Iterator[str]:
@@ -279,6 +327,7 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
         yield f"recalibration on {recipe.recalibrate.count} images is unreliable; some hundreds are usual"
     if recipe.push and not recipe.push.private and not recipe.aliases:
         yield "the fused repo will be public, and its card names the sites' repos; aliases: true replaces them"
+    yield from _search_notes(recipe)
     known = [set(one.labels) for one in contributions]
     single = [label for label in sorted(set().union(*known)) if len(known) > 1 and sum(label in k for k in known) == 1]
     if single:
@@ -288,3 +337,9 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
         if one.digest in seen:
             yield f"'{one.name}' and '{seen[one.digest]}' have the same content and both count"
         seen.setdefault(one.digest, one.name)
+
+
+def _search_notes(recipe: Recipe) -> Iterator[str]:
+    searched, test = recipe.merge.searched, recipe.evaluate
+    if searched and test and (searched.images, searched.split) == (test.images, test.split):
+        yield "the search looks at the very images of `evaluate:`, so what they say of the result is too good"

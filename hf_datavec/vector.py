@@ -14,7 +14,8 @@ from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, TensorEntry
+from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, TensorEntry
+from hf_datavec.second_moments import Kind, SecondMoments, open_beside
 from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
 from hf_datavec.tuned import Tuned
 
@@ -32,6 +33,7 @@ class TaskVector:
     folder: Path
     manifest: Manifest
     tensors: StoredTensors
+    beside: SecondMoments
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -50,6 +52,7 @@ class TaskVector:
                 f"digest {found[:19]}..., expected {self.manifest.content[:19]}...",
                 hint="the file was changed or damaged; ask the site to send it again",
             )
+        self.beside.verify()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ class TunedDifferences:
             difference = theirs.float() - ours.float()
         refuse_nonfinite(difference, name, self.tuned.text)
         return difference
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a method made of all vectors, in float64; a merge of it alone only scales and adds it."""
+
+    labels: tuple[str, ...]
+    tensors: StoredTensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """The unscaled combination."""
+        return self.tensors.read(name)
 
 
 def rows_by_label(tensor: torch.Tensor, have: tuple[str, ...], want: tuple[str, ...]) -> torch.Tensor:
@@ -110,6 +125,7 @@ def write(
     with_statistics: bool = False,
     examples: Mapping[str, int] | None = None,
     training: Mapping[str, Any] | None = None,
+    second_moments: Mapping[Kind, SecondMoment] | None = None,
 ) -> Manifest:
     """Write `vector.safetensors` and `datavec.json` into a folder and return the manifest.
 
@@ -134,6 +150,7 @@ def write(
         training=dict(training) if training else None,
         norm=0.0,
         tensors=entries,
+        second_moments=dict(second_moments) if second_moments else None,
         tools=tool_versions(),
     )
     return write_described(folder, draft, differences.read)
@@ -203,7 +220,7 @@ def open_vector(folder: Path) -> TaskVector:
                 InputError(f"'{file}': tensor '{name}' has shape {list(record.shape)}, its manifest says {expected}")
             )
     raise_all(errors)
-    return TaskVector(folder, manifest, tensors)
+    return TaskVector(folder, manifest, tensors, open_beside(folder, manifest))
 
 
 def base_identity(fetched: Fetched, base: Checkpoint) -> BaseIdentity:

@@ -62,9 +62,17 @@ def finetune(options: Namespace) -> None:
 
 
 def diff(options: Namespace) -> None:
+    from hf_datavec.errors import InputError
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
 
+    if bool(options.second_moments) != bool(options.images):
+        raise InputError("--with and --images belong together", hint="for example --with fisher,gram --images ./ours")
+    observed = None
+    if options.images:
+        observed = site.Observed(
+            options.second_moments, options.images, options.split, count=options.count, device=options.device
+        )
     labels = tuple(_labels(options.labels)) if options.labels else None
     manifest = site.diff(
         options.base,
@@ -73,12 +81,15 @@ def diff(options: Namespace) -> None:
         labels=labels,
         with_statistics=options.with_statistics,
         share_counts=options.share_counts,
+        observed=observed,
     )
     kinds: dict[tuple[str, bool], int] = {}
     for entry in manifest.tensors.values():
         kinds[entry.role.value, entry.stored] = kinds.get((entry.role.value, entry.stored), 0) + 1
     rows = [(role, str(count), "yes" if stored else "left out") for (role, stored), count in sorted(kinds.items())]
     _say(table(("role", "tensors", "in the vector"), rows))
+    for kind, found in (manifest.second_moments or {}).items():
+        _say(f"{kind}: second moments of {found.images} images")
     _say(f"vector: {options.output}")
 
 
@@ -125,7 +136,7 @@ def plan(options: Namespace) -> None:
 
 
 def merge(options: Namespace) -> None:
-    from hf_datavec.cli.shown import evaluation_table
+    from hf_datavec.cli.shown import evaluation_table, search_table
     from hf_datavec.pipeline import coordinator
 
     result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
@@ -141,10 +152,13 @@ def merge(options: Namespace) -> None:
                 "norms": result.geometry.norms,
                 "cosines": result.geometry.cosines,
                 "restoration": result.restoration,
+                "search": result.search.as_dict() if result.search else None,
                 "evaluation": result.evaluation.as_dict() if result.evaluation else None,
                 "pushed_to": result.pushed_to,
             }
         )
+    if result.search:
+        _say(search_table(result.search) + "\n")
     if result.evaluation:
         _say(evaluation_table(result.evaluation) + "\n")
     _say(result.restoration)
@@ -170,23 +184,21 @@ def evaluate(options: Namespace) -> None:
 
 
 def methods(options: Namespace) -> None:
-    from hf_datavec.methods import all_methods, options_model
-    from hf_datavec.tables import table
+    from hf_datavec.methods import all_methods, options_model, ranges
 
     if options.json:
         return _say_json(
             {
                 name: {"summary": found.summary, "formula": found.formula, "source": found.source,
-                       "uses_weights": found.uses_weights,
+                       "uses_weights": found.uses_weights, "needs": found.needs,
                        "options": options_model(name).model_json_schema().get("properties", {})}
                 for name, found in all_methods().items()
             }
         )  # fmt: skip
-    rows = [
-        (name, found.formula, "yes" if found.uses_weights else "no", ", ".join(found.options) or "-", found.source)
-        for name, found in all_methods().items()
-    ]
-    _say(table(("method", "formula", "weights", "options", "source"), rows))
+    for name, found in all_methods().items():
+        weights = "uses weights" if found.uses_weights else "ignores weights"
+        lines = (found.formula, found.summary, "; ".join((weights, *found.needs)), *ranges(name), found.source)
+        _say("\n    ".join((name, *lines)))
 
 
 def schema(options: Namespace) -> None:
@@ -216,9 +228,20 @@ def write_recipe(options: Namespace) -> None:
     _say(f"\nrecipe: {options.output}")
 
 
+def convert(options: Namespace) -> None:
+    """Write a mergekit configuration as a recipe; notes go to stderr."""
+    import logging
+
+    from hf_datavec.pipeline import conversion
+
+    for note in conversion.convert(options.configuration, options.output, base=options.base):
+        logging.getLogger(__name__).info("note: %s", note)
+    _say(f"recipe: {options.output}")
+
+
 # The names that users type; two of them would hide Python's own inside this module.
 BY_NAME = {
     "demo": demo, "init": init, "finetune": finetune, "diff": diff, "push": push, "inspect": inspect, "plan": plan,
-    "merge": merge, "evaluate": evaluate, "list": list_vectors, "recipe": write_recipe, "methods": methods,
-    "schema": schema,
+    "merge": merge, "evaluate": evaluate, "list": list_vectors, "recipe": write_recipe, "convert": convert,
+    "methods": methods, "schema": schema,
 }  # fmt: skip

@@ -117,6 +117,18 @@ def _diff_and_push(actions: Commands) -> None:
         "--with-statistics", action="store_true", help="include BatchNorm statistics, a summary of the private images"
     )
     diff.add_argument("--share-counts", action="store_true", help="include the number of images per class")
+    diff.add_argument(
+        "--with",
+        dest="second_moments",
+        type=_kinds,
+        default=(),
+        metavar="fisher,gram",
+        help="write second moments of the site's images beside the vector, for the methods fisher and regmean",
+    )
+    diff.add_argument("--images", metavar="IMAGES", help="the site's images for --with; labels are not looked at")
+    diff.add_argument("--split", help="split of the data set")
+    diff.add_argument("--count", type=_positive, default=256, help="images for --with at most (default: %(default)s)")
+    _device(diff)
     _output(diff)
 
     push = _command(actions, "push", "push a vector or model folder; private unless said otherwise")
@@ -167,6 +179,13 @@ def _discovery(actions: Commands) -> None:
     recipe.add_argument("--base", metavar="BASE", help="the base, if it is a local folder")
     recipe.add_argument("-o", "--output", type=_path, required=True, metavar="RECIPE", help="file to make")
 
+    convert = _command(actions, "convert", "write a mergekit configuration for a plain merge of models as a recipe")
+    convert.add_argument("configuration", metavar="MERGEKIT_YAML", type=_path)
+    convert.add_argument(
+        "--base", metavar="BASE", help="what the models were fine-tuned from, if the file does not say"
+    )
+    convert.add_argument("-o", "--output", type=_path, required=True, metavar="RECIPE", help="file to make")
+
 
 def _reference(actions: Commands) -> None:
     methods = _command(actions, "methods", "the merge methods: formula, options, source")
@@ -197,6 +216,13 @@ def _picture(text: str) -> Path:
     if not text.endswith(".png") or not _path(text).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a .png file in a folder that exists, got {text}")
     return _path(text)
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not set(found) <= {"fisher", "gram"} or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected fisher, gram or fisher,gram, got {text}")
+    return found
 
 
 def _from_zero(text: str) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec.recipe import WeightSearch
 from hf_datavec.tables import metric_rows, size, table
 
 if TYPE_CHECKING:
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     from hf_datavec.pipeline.discovery import Found
     from hf_datavec.pipeline.measure import Inspection
     from hf_datavec.plan import Plan
+    from hf_datavec.search import Search
 
 # Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
 READ_RATE = 1e9
@@ -39,7 +43,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         ],
         "labels": plan.labels,
         "tensors": [
-            {"name": step.name, "role": step.role.value, "method": step.method.name, "scale": step.scale}
+            {"name": step.name, "role": step.role.value, "method": step.method.name, "scale": _number(step.scale)}
             for step in plan.steps
             if step.role.value in ("weight", "head")
         ],
@@ -47,8 +51,13 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes": plan.peak_bytes,
+        "survey_passes": plan.survey_passes,
         "notes": plan.notes,
     }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -58,11 +67,22 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         (f"vector {one.name}", f"weight {one.weight:g}, {len(one.labels)} labels, {short(one.digest)}")
         for one in sorted(plan.contributions, key=lambda one: one.name)
     ]
-    methods: dict[tuple[str, float], int] = {}
-    for step in plan.steps:
-        if step.role.value in ("weight", "head"):
-            methods[step.method.name, step.scale] = methods.get((step.method.name, step.scale), 0) + 1
-    lines += [(f"{name} x {scale:g}", f"{count} tensors") for (name, scale), count in methods.items()]
+    methods = Counter(
+        f"{step.method.name} x {'?' if _number(step.scale) is None else f'{step.scale:g}'}"
+        for step in plan.steps
+        if step.role.value in ("weight", "head")
+    )
+    lines += [(text, f"{count} tensors") for text, count in methods.items()]
+    if plan.recipe.merge.searched:
+        searched = plan.recipe.merge.searched
+        what = "weights" if isinstance(searched, WeightSearch) else "scale"
+        lines.append((f"search for {what}", f"by {searched.metric.replace('_', ' ')} on {searched.images}"))
+    if plan.recipe.merge.clip is not None:
+        most = "the median of their norms" if plan.recipe.merge.clip == "median" else f"norm {plan.recipe.merge.clip:g}"
+        lines.append(("clip", f"vectors to at most {most}"))
+    if plan.surveys:
+        passes = "once" if plan.survey_passes == 1 else "twice"
+        lines.append(("survey", f"whole vectors are read {passes} before the merge"))
     restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
     lines += [
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
@@ -81,6 +101,11 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
 def evaluation_table(found: Evaluation) -> str:
     """Metrics with their intervals."""
     return table((f"{found.count} images of {found.images}", "% (95 % interval)"), metric_rows(found.metrics))
+
+
+def search_table(found: Search) -> str:
+    """What a search tried and chose."""
+    return table((f"{found.kind}, on {found.count} images of {found.images}", f"{found.metric} in %", ""), found.rows)
 
 
 def found_table(found: list[Found]) -> str:

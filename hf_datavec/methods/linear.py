@@ -1,4 +1,4 @@
-"""Methods that weigh whole vectors: sum, mean, linear.
+"""Methods that weigh vectors without looking at them: sum, mean, linear, task_arithmetic, fedavg.
 
 Sums run in float64: with float32 vectors no bit is lost for any sensible number of sites, so that n equal
 vectors average to exactly one of them.
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _weighted_sum(vectors: "Tensor", weights: "Sequence[float]") -> "Tensor":
+def weighted_sum(vectors: "Tensor", weights: "Sequence[float]") -> "Tensor":
+    """The sum of vectors (n, d) times their weights, in float64, in the order of the sites."""
     # Site by site: torch's own sum picks its order by size and processor, and a slice must give the same bits.
     total = vectors[0].double() * weights[0]
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):
@@ -25,22 +26,40 @@ def _weighted_sum(vectors: "Tensor", weights: "Sequence[float]") -> "Tensor":
 @method("sum", formula="sum_j tau_j", source="arXiv 2408.13038; arXiv 2212.04089, eq. 2", uses_weights=False)
 def add(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The sum of all vectors, the paper's rule; the recipe's `scale` is its lambda."""
-    return _weighted_sum(vectors, [1.0] * len(vectors))
+    return weighted_sum(vectors, [1.0] * len(vectors))
 
 
 @method("mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False)
 def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The average of all vectors, each counted alike."""
-    return _weighted_sum(vectors, [1.0] * len(vectors)) / len(vectors)
+    return weighted_sum(vectors, [1.0] * len(vectors)) / len(vectors)
 
 
 @method(
     "linear",
     formula="sum_j w_j tau_j / sum_j w_j",
-    source="arXiv 1602.05629, eq. for FedAvg with w_j = examples",
+    source="arXiv 2203.05482, weighted",
     uses_weights=True,
 )
 def linear(vectors: "Tensor", weights: "Tensor", *, normalize: bool = True) -> "Tensor":
     """The weighted average; `normalize: false` leaves out the division, a weighted sum."""
-    total = _weighted_sum(vectors, weights.tolist())
+    total = weighted_sum(vectors, weights.tolist())
     return total / sum(weights.tolist()) if normalize else total
+
+
+@method("task_arithmetic", formula="sum_j w_j tau_j", source="arXiv 2212.04089, eq. 2", uses_weights=True)
+def task_arithmetic(vectors: "Tensor", weights: "Tensor", *, normalize: bool = False) -> "Tensor":
+    """The weighted sum, by negative weights too; `sum` when all weights are 1."""
+    return linear(vectors, weights, normalize=normalize)  # type: ignore[no-any-return]
+
+
+@method(
+    "fedavg",
+    formula="sum_j n_j tau_j / sum_j n_j, n_j examples of site j",
+    source="arXiv 1602.05629 (FedAvg), one round",
+    uses_weights=True,
+    needs_counts=True,
+)
+def fedavg(vectors: "Tensor", weights: "Tensor") -> "Tensor":
+    """The average weighed by the sites' numbers of images, which every vector must declare."""
+    return linear(vectors, weights)  # type: ignore[no-any-return]

@@ -10,19 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import fuse, hub, models, recalibrate, report, study_base, tensors
+from hf_datavec import fuse, hub, models, recalibrate, report, study_base, tensors, variants
+from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
+from hf_datavec.pipeline import choosing, finished, lock
 from hf_datavec.pipeline import device as devices
-from hf_datavec.pipeline import finished, lock
+from hf_datavec.pipeline.adapting import adapt
 from hf_datavec.pipeline.aliases import aliased
-from hf_datavec.pipeline.prepare import Prepared, calibration_images, evaluation_images, prepare
+from hf_datavec.pipeline.choosing import Choice, Chooser
+from hf_datavec.pipeline.prepare import (
+    Prepared,
+    calibration_images,
+    evaluation_images,
+    learning_images,
+    prepare,
+    search_images,
+)
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Recipe
+from hf_datavec.search import Search
 from hf_datavec.staging import refuse_existing, staged
 from hf_datavec.vector import TaskVector
 
@@ -43,6 +54,7 @@ class MergeResult:
     restoration: str
     evaluation: Evaluation | None
     pushed_to: str | None
+    search: Search | None = None
 
 
 def merge(path: Path, *, output: Path | None = None, push: bool = True, device: devices.Device = "auto") -> MergeResult:
@@ -59,28 +71,48 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         refuse_existing(output)
     # Opened before anything is written, so that mistakes show early.
     public, test = calibration_images(prepared), evaluation_images(prepared)
+    labelled, learning = search_images(prepared), learning_images(prepared)
     place = devices.choose(device)
     if pushing and (geometry := finished.geometry_of(output, prepared, public, test, place)):
         return _handed_over(prepared, output, geometry)
     refuse_existing(output)
     _verify(prepared.plan)
-    gram = Gram()
+    gram, recipe = Gram(), prepared.recipe
     with staged(output) as folder:
-        digest = _write_weights(prepared.plan, folder, place, gram)
-        recipe = prepared.recipe
         study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
-        restoration, digest = _restore(prepared.plan, folder, public, place, digest)
-        measured = _measure(prepared.recipe, folder, test, place)
+
+        def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
+            digest = _write_weights(writing, folder, place, seen)
+            return _restore(plan, folder, public, place, digest)
+
+        plan, adapted = prepared.plan, None
+        if learning is not None:
+            _write_weights(variants.scaled(plan, 1.0) if recipe.merge.searched else plan, folder, place, Gram())
+            plan, adapted = adapt(plan, learning, folder, device=place)
+        choice = Choice(plan, plan)
+        if labelled is not None:
+            choice = Chooser(labelled, folder, make, place).choose(plan, gram)
+        prepared = replace(prepared, plan=choice.plan)
+        # A combination at hand is made of vectors that `gram` has seen already.
+        restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
+        choosing.clear(folder)
+        restoration = f"{adapted.text} {restoration}" if adapted else restoration
+        measured = _measure(recipe, folder, test, place)
         calibration = public.fetched if public else None
         shown = aliased(prepared)
         fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
+        sites = tuple(one.name for one in shown.plan.contributions)
+        fusion = replace(fusion, search=replace(choice.search, sites=sites) if choice.search else None)
+        if adapted is not None:
+            replace(adapted, sites=sites).write(folder)
         _describe(fusion, folder)
         if fusion.locked:
-            (folder / lock.LOCK_FILE).write_text(lock.text(prepared, public, test, folder=output), "utf-8")
+            locked = lock.text(prepared, public or learning, test, labelled, folder=output)
+            (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
         elif not prepared.recipe.lock:
             log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, test))
     target = _pushed(prepared, output) if pushing else None
-    return MergeResult(output, prepared.plan, digest, gram.geometry(), restoration, measured, target)
+    return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, target, choice.search)
 
 
 def _verify(plan: Plan) -> None:
@@ -113,9 +145,13 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
     by_file: dict[str, list[tensors.Record]] = {}
     for step in plan.steps:
         by_file.setdefault(step.record.file.name, []).append(step.record)
-    hashes = []
+    hashes, survey = [], surveys.take(plan)
+    for note in survey.notes(plan):
+        log.info("note: %s", note)
     for file, records in sorted(by_file.items()):
-        stream = fuse.run(plan, only={record.name for record in records}, device=device, observe=gram.add)
+        only = {record.name for record in records}
+        (folder / file).unlink(missing_ok=True)  # a search writes again what a network may still have mapped
+        stream = fuse.run(plan, only=only, device=device, observe=gram.add, survey=survey)
         shown = progress(stream, text=f"merge {file}", total=len(records), unit="tensor")
         hashes += tensors.write_file(folder / file, records, shown)
     if list(by_file) != [tensors.MODEL_FILE]:
@@ -203,6 +239,9 @@ def _describe(fusion: Fusion, folder: Path) -> None:
         names = [one.name for one in fusion.plan.contributions]
         report.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
+    if fusion.search:
+        text = json.dumps(fusion.search.as_dict(), indent=2)
+        (folder / "search.json").write_text(text + "\n", "utf-8")
     if fusion.evaluation:
         text = json.dumps(fusion.evaluation.as_dict(), indent=2)
         (folder / finished.EVALUATION_FILE).write_text(text + "\n", "utf-8")

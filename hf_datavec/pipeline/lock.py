@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_datavec import hub
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet
-from hf_datavec.pipeline.prepare import Prepared, calibration_images, evaluation_images
-from hf_datavec.recipe import ModelEntry
+from hf_datavec.pipeline.prepare import (
+    Prepared,
+    calibration_images,
+    evaluation_images,
+    learning_images,
+    search_images,
+)
+from hf_datavec.plan import Contribution, Plan
+from hf_datavec.recipe import ModelEntry, WeightSearch
 from hf_datavec.vector import tool_versions
 
 # In the folder of a fused model: the recipe as given, and what it stood for.
@@ -28,24 +36,44 @@ def write(prepared: Prepared, test: ImageSet | None = None) -> Path:
     test = test or evaluation_images(prepared)
     target = beside(prepared)
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text(prepared, calibration_images(prepared), test, folder=target.parent), "utf-8")
+    public = calibration_images(prepared) or learning_images(prepared)
+    pinned_text = text(prepared, public, test, search_images(prepared), folder=target.parent)
+    partial.write_text(pinned_text, "utf-8")
     partial.replace(target)
     return target
 
 
-def text(prepared: Prepared, public: ImageSet | None, test: ImageSet | None, *, folder: Path) -> str:
-    """The lock of a prepared recipe as YAML, for a file in `folder`; local paths become relative to it."""
+def text(
+    prepared: Prepared,
+    public: ImageSet | None,
+    test: ImageSet | None,
+    labelled: ImageSet | None = None,
+    *,
+    folder: Path,
+) -> str:
+    """The lock of a prepared recipe as YAML, for a file in `folder`; local paths become relative to it.
+
+    `public` are the images of the calibration, `test` those of the evaluation, `labelled` those of a search. What a
+    search has found stands in its place, so that merging the lock needs no search.
+    """
     plan, recipe_folder = prepared.plan, prepared.folder
     recipe = plan.recipe.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
     by_name = {one.name: one for one in plan.contributions}
     ordered = [by_name[name] for name in prepared.order]
     recipe["base"] = pinned(plan.base_fetched, folder)
     recipe["vectors"] = [
-        _entry(plan.recipe.entries[index], one.name, pinned(one.fetched, folder)) for index, one in enumerate(ordered)
+        _entry(entry, one.name, pinned(one.fetched, folder))
+        for entry, one in zip(plan.recipe.entries, ordered, strict=True)
     ]
+    if isinstance(prepared.recipe.merge.weights, WeightSearch) and not plan.recipe.merge.searched:
+        for entry, one in zip(recipe["vectors"], ordered, strict=True):
+            entry["weight"] = one.weight
+    if labelled and plan.recipe.merge.searched:
+        key = "weights" if isinstance(plan.recipe.merge.weights, WeightSearch) else "scale"
+        recipe["merge"][key]["images"] = pinned(labelled.fetched, folder)
     for section in ("recalibrate", "evaluate"):
         if recipe.get(section, {}).get("images"):
-            recipe[section]["images"] = _moved(recipe[section]["images"], recipe_folder, folder)
+            recipe[section]["images"] = moved(recipe[section]["images"], recipe_folder, folder)
     if public:
         recipe["recalibrate"]["images"] = pinned(public.fetched, folder)
     if test:
@@ -54,15 +82,23 @@ def text(prepared: Prepared, public: ImageSet | None, test: ImageSet | None, *, 
     if prepared.output and prepared.output != folder:  # a lock inside the result cannot name its own folder
         recipe["output"] = relative(prepared.output, folder)
     if recipe.get("push"):
-        recipe["push"]["repo"] = _moved(recipe["push"]["repo"], recipe_folder, folder)
+        recipe["push"]["repo"] = moved(recipe["push"]["repo"], recipe_folder, folder)
     recipe["lock"] = {
         "base": _locked(plan.base_fetched, plan.base_digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],
         **({"calibration": _locked(public.fetched, public.digest, folder)} if public else {}),
         **({"evaluation": _locked(test.fetched, test.digest, folder)} if test else {}),
+        **({"search": _locked(labelled.fetched, labelled.digest, folder)} if labelled else {}),
+        **({"coefficients": _in_order(plan, ordered)} if plan.coefficients else {}),
         "tools": tool_versions(),
     }
     return dump(recipe)
+
+
+def _in_order(plan: Plan, ordered: Sequence[Contribution]) -> dict[str, list[float]]:
+    """What was learned, one number per vector in the order of the recipe."""
+    place = {one.name: index for index, one in enumerate(plan.contributions)}
+    return {name: [row[place[one.name]] for one in ordered] for name, row in plan.coefficients.items()}
 
 
 def _entry(entry: Any, name: str, reference: str) -> dict[str, Any]:
@@ -84,7 +120,8 @@ def pinned(fetched: Fetched, folder: Path) -> str:
     return f"{fetched.reference.repo}@{fetched.commit}"
 
 
-def _moved(reference: str, old: Path, new: Path) -> str:
+def moved(reference: str, old: Path, new: Path) -> str:
+    """A reference in a recipe in one folder as a recipe in another writes it."""
     parsed = hub.parse(reference, relative_to=old)
     return reference if parsed.path is None else relative(parsed.path, new)
 

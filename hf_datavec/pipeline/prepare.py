@@ -47,7 +47,7 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
 
     Raises: InputErrors with every reason why it cannot be done.
     """
-    recipe = recipes.load(path)
+    recipe, notes = recipes.load_with_notes(path)
     references = _references(recipe, path.absolute().parent)
     if not headers_only and any(reference.repo for reference in references):
         # Headers first: a refusal must not cost a download. Their commits then pin what is downloaded, so that
@@ -63,6 +63,7 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
     raise_all([*errors, *_reference_errors(recipe, path.absolute().parent, checkpoint)])
     with hub.naming(base, *(one.fetched for one in contributions)):
         made = planning.make(recipe, base, checkpoint, contributions)
+    made = replace(made, notes=(*notes, *made.notes))
     order = tuple(one.name for one in contributions)
     return Prepared(path, recipe, made, order, path.read_text("utf-8"))
 
@@ -75,7 +76,9 @@ def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
 
 def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
     """What is wrong with images and push targets, so that it is known before anything is computed."""
-    for section in (recipe.recalibrate if base.has_statistics else None, recipe.evaluate):
+    restore = recipe.recalibrate if base.has_statistics else None
+    restore = restore if restore and restore.mode != "none" else None  # nobody looks at these images then
+    for section in (restore, recipe.merge.searched, recipe.evaluate):
         if section and section.images:
             try:
                 found = hub.parse(section.images, relative_to=folder)
@@ -101,9 +104,42 @@ def calibration_images(prepared: Prepared) -> ImageSet | None:
 
     Raises: InputError when they cannot be opened, or are not those that the lock pins.
     """
-    wanted, lock = prepared.recipe.recalibrate, prepared.recipe.lock
+    wanted = prepared.recipe.recalibrate
     if wanted is None or wanted.mode != "statistics" or not prepared.plan.base.has_statistics:
         return None
+    return _public(prepared)
+
+
+def search_images(prepared: Prepared) -> ImageSet | None:
+    """The labelled images of the recipe's search, if it has one.
+
+    Raises: InputError when they cannot be opened, have labels that the model lacks, or are not what the lock pins.
+    """
+    wanted, lock = prepared.recipe.merge.searched, prepared.recipe.lock
+    if wanted is None:
+        return None
+    images = open_images(hub.parse(wanted.images, relative_to=prepared.folder), split=wanted.split)
+    images.label_rows(prepared.plan.labels)
+    if lock and lock.search and lock.search.digest != images.digest:
+        raise planning.not_pinned("search images", lock.search, images.digest)
+    return images
+
+
+def learning_images(prepared: Prepared) -> ImageSet | None:
+    """The public images that coefficients are learned on, if a method learns and the lock does not know them yet.
+
+    Raises: InputError when they cannot be opened, or are not those that the lock pins.
+    """
+    wanted, plan = prepared.recipe.recalibrate, prepared.plan
+    learning = any(step.is_merged and step.method.learned for step in plan.steps)
+    if wanted is None or wanted.images is None or not learning or plan.coefficients:
+        return None
+    return _public(prepared)
+
+
+def _public(prepared: Prepared) -> ImageSet:
+    wanted, lock = prepared.recipe.recalibrate, prepared.recipe.lock
+    assert wanted is not None
     images = open_images(hub.parse(str(wanted.images), relative_to=prepared.folder), split=wanted.split)
     if lock and lock.calibration and lock.calibration.digest != images.digest:
         raise planning.not_pinned("calibration images", lock.calibration, images.digest)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hf_datavec import curvature, hub, second_moments, study_base, vector
 from hf_datavec import finetune as training
-from hf_datavec import hub, study_base, vector
 from hf_datavec.card import licence, vector_card
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import open_images
-from hf_datavec.manifest import MANIFEST_FILE, Manifest
+from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment
 from hf_datavec.models import load
 from hf_datavec.pipeline import device as devices
+from hf_datavec.progress import progress
+from hf_datavec.second_moments import Kind
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.tuned import open_tuned
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +72,7 @@ def diff(
     labels: tuple[str, ...] | None = None,
     with_statistics: bool = False,
     share_counts: bool = False,
+    observed: Observed | None = None,
 ) -> Manifest:
     """Write the vector (tuned minus base) with manifest and card to `output`; returns the manifest.
 
@@ -88,17 +96,66 @@ def diff(
             f"'{tuned}' does not say how many images it was trained on",
             hint="--share-counts needs the training.json that `hf-datavec finetune` writes",
         )
+    if observed is not None and not place.is_dir():
+        hint = "give the folder with config.json and model.safetensors"
+        raise InputError(f"'{tuned}' is a file; second moments are measured on a model that can be run", hint=hint)
+    differences = vector.TunedDifferences(checkpoint, network)
     with staged(output) as folder:
+        beside = _second_moments(observed, place, differences, folder) if observed else None
         manifest = vector.write(
             folder,
-            vector.TunedDifferences(checkpoint, network),
+            differences,
             vector.base_identity(fetched, checkpoint),
             with_statistics=with_statistics,
             examples=record.get("examples") if share_counts else None,
             training=record.get("settings"),
+            second_moments=beside,
         )
         (folder / "README.md").write_text(vector_card(manifest, license=licence(fetched.folder)), "utf-8")
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Which second moments are measured, on how many images of which set at most."""
+
+    kinds: tuple[Kind, ...]
+    images: str
+    split: str | None = None
+    count: int = 256
+    device: devices.Device = "auto"
+
+
+def _second_moments(
+    wanted: Observed, place: Path, differences: vector.TunedDifferences, folder: Path
+) -> dict[Kind, SecondMoment]:
+    """Measure second moments on the site's images and write them beside the vector."""
+    base, tuned = differences.base, differences.tuned
+    names = base.named(Role.WEIGHT, Role.HEAD)
+    images = open_images(hub.parse(wanted.images), split=wanted.split)
+    count = min(wanted.count, len(images))
+    network = load(place, device=devices.choose(wanted.device))
+    weights = curvature.parameters(network, {name: tuned.names[name] for name in names})
+    found: dict[Kind, SecondMoment] = {}
+    for kind in wanted.kinds:
+        bar = progress(range(count), text=kind, total=count, unit="image")
+
+        def pixels(indices: Sequence[int]) -> torch.Tensor:
+            # Evenly spread, since folders list one class after the other.
+            return images.tensors(network.preprocess, [index * len(images) // count for index in indices])
+
+        def notify(done: int, bar: Iterator[int] = bar) -> None:
+            for _ in range(done):
+                next(bar, None)
+
+        measure = curvature.fisher if kind == "fisher" else curvature.gram
+        values = measure(network, weights, pixels, count, notify=notify)
+        if kind == "fisher":  # no prediction depends on what is no parameter
+            values = {name: values.get(name, tuned.read(name).float() * 0) for name in names}
+        for name, value in sorted(values.items()):
+            vector.refuse_nonfinite(value, name, wanted.images)
+        found[kind] = second_moments.write(folder, kind, values, count)
+    return found
 
 
 def push(folder: str, to: str, *, private: bool = True, revision: str | None = None, create_pr: bool = False) -> str:

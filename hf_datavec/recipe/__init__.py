@@ -9,11 +9,23 @@ from pydantic import ValidationError
 from hf_datavec import located
 from hf_datavec.errors import raise_all
 from hf_datavec.located import Document, LocatedError
+from hf_datavec.recipe import mergekit
 from hf_datavec.recipe.problems import method_problems, sense_problems, told
 from hf_datavec.recipe.schema import schema
-from hf_datavec.recipe.sections import LockedInput, Merge, ModelEntry, Override, Recipe, VectorEntry
+from hf_datavec.recipe.sections import (
+    LockedInput,
+    Measured,
+    Merge,
+    ModelEntry,
+    Override,
+    Recipe,
+    ScaleSearch,
+    VectorEntry,
+    WeightSearch,
+)
 
-__all__ = ["LockedInput", "Merge", "ModelEntry", "Override", "Recipe", "VectorEntry", "check", "load", "schema"]
+__all__ = ["LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recipe", "ScaleSearch", "VectorEntry",
+           "WeightSearch", "check", "load", "load_with_notes", "mergekit", "schema"]  # fmt: skip
 
 
 def load(path: Path) -> Recipe:
@@ -21,7 +33,16 @@ def load(path: Path) -> Recipe:
 
     Raises: InputError, or InputErrors with everything that is wrong, each with its line and column.
     """
-    return check(located.read(path))
+    return load_with_notes(path)[0]
+
+
+def load_with_notes(path: Path) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe in a file, which may be a mergekit configuration, and what is to be said of it. Raises as `load`."""
+    document = located.read(path)
+    if not mergekit.is_configuration(document):
+        return check(document), ()
+    translation = mergekit.translate(document)
+    return check(translation.document), translation.notes
 
 
 def check(document: Document) -> Recipe:

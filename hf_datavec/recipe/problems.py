@@ -20,16 +20,25 @@ from hf_datavec.recipe.sections import (
     Push,
     Recalibrate,
     Recipe,
+    ScaleSearch,
     VectorEntry,
+    WeightSearch,
 )
+
+# Where pydantic puts the kind of an entry into an error's path, and the kinds there are.
+TAGS: dict[KeyPath, tuple[str, ...]] = {
+    ("vectors",): ("<text>", "<model>", "<vector>"),
+    ("merge", "scale"): ("<value>", "<search>"),
+    ("merge", "weights"): ("<value>", "<search>"),
+}
 
 
 def told(document: Document, found: Any) -> LocatedError:
     """A pydantic error in our words, at its place in the file."""
     path = tuple(
         part
-        for part in found["loc"]
-        if not (found["loc"][0] == "vectors" and part in ("<text>", "<model>", "<vector>"))
+        for place, part in enumerate(found["loc"])
+        if not (place == 2 and part in TAGS.get(found["loc"][: 1 if found["loc"][0] == "vectors" else 2], ()))
     )
     kind, value = found["type"], found.get("input")
     if kind == "extra_forbidden":
@@ -63,6 +72,8 @@ def _expectation(found: Any) -> str:
         "tuple_type": "expected a list",
         "string_too_short": "expected some text",
         "too_short": "expected at least one entry",
+        "literal_error": f"expected {bounds.get('expected')}",
+        "too_long": f"expected at most {bounds.get('max_length')} entries",
         "greater_than_equal": f"expected a number of at least {bounds.get('ge')}",
         "less_than_equal": f"expected a number of at most {bounds.get('le')}",
     }
@@ -95,6 +106,8 @@ def _known_keys(path: KeyPath, data: Any) -> list[str]:
         return list((ModelEntry if isinstance(data, dict) and "model" in data else VectorEntry).model_fields)
     if path[:2] == ("merge", "overrides"):
         return list(Override.model_fields)
+    if path[:2] in (("merge", "scale"), ("merge", "weights")):
+        return list((ScaleSearch if path[1] == "scale" else WeightSearch).model_fields)
     return list(sections[str(path[0])].model_fields) if len(path) == 1 and path[0] in sections else []
 
 
@@ -142,6 +155,18 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if weighed and recipe.merge.weights == "examples":
         where: KeyPath = ("vectors", weighed[0], "weight")
         yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
+    methods = (recipe.merge.method, *(override.method or "" for override in recipe.merge.overrides))
+    counting = [name for name in methods if name in all_methods() and all_methods()[name].needs_counts]
+    if weighed and counting:
+        problem = f"a weight is given although the method '{counting[0]}' weighs by example counts; keep one of the two"
+        yield document.problem(("vectors", weighed[0], "weight"), problem, hint="method: linear takes given weights")
+    yield from _search_problems(document, recipe, weighed)
+    learning = [name for name in methods if name in all_methods() and all_methods()[name].learned]
+    learned = recipe.lock and recipe.lock.coefficients
+    if learning and not learned and not (recipe.recalibrate and recipe.recalibrate.images):
+        problem = f"the method '{learning[0]}' learns on public images, and there are no 'recalibrate.images'"
+        hint = "add recalibrate: {images: ./public-images}, with mode: none for a network without BatchNorm"
+        yield document.problem(("merge", "method"), problem, about=("merge",), hint=hint)
     restore = recipe.recalibrate
     if restore and restore.mode == "statistics" and not restore.images:
         hint = "name a folder or data set of public images, or use mode: moments or none"
@@ -152,3 +177,25 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
         except re.error as error:
             where = ("merge", "overrides", index, "tensors")
             yield document.problem(where, f"not a regular expression: {error}")
+
+
+def _search_problems(document: Document, recipe: Recipe, weighed: list[int]) -> Iterator[LocatedError]:
+    scale, weights, method = recipe.merge.scale, recipe.merge.weights, recipe.merge.method
+    if isinstance(scale, ScaleSearch):
+        for index, value in enumerate(scale.search):
+            if value in scale.search[:index]:
+                yield document.problem(("merge", "scale", "search", index), f"{value:g} is given twice")
+    if not isinstance(weights, WeightSearch):
+        return
+    where: KeyPath = ("merge", "weights")
+    if isinstance(scale, ScaleSearch):
+        hint = "search for one of them, write it down, and search for the other"
+        yield document.problem(where, "scale and weights are both searched for", at="key", hint=hint)
+    if weighed:
+        problem = "a weight is given although merge.weights is searched for; keep one of the two"
+        yield document.problem(("vectors", weighed[0], "weight"), problem)
+    if method in all_methods() and (not all_methods()[method].uses_weights or all_methods()[method].needs_counts):
+        hint = "use method: linear, or leave the weights out"
+        yield document.problem(where, f"the method '{method}' takes no weights to search for", at="key", hint=hint)
+    if len(recipe.vectors) == 1:
+        yield document.problem(where, "a single vector has no weights to search for", at="key")

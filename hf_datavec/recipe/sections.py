@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -14,6 +16,17 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 class _Section(BaseModel):
     # `strict`: the text "2" is no number here; YAML already knows the difference.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _known_length(value: Any) -> Any:
+    # Said in one sentence; a union of two types would give one message for each.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or value == "median" or (number and 0 < value < math.inf):
+        return value
+    raise PydanticCustomError("length", "expected 'median' or a number above 0")
+
+
+Clip = Annotated[Literal["median"] | Annotated[float, Field(gt=0)], BeforeValidator(_known_length)]
 
 
 class VectorEntry(_Section):
@@ -57,15 +70,64 @@ class Override(_Section):
     scale: Finite | None = None
 
 
+class Measured(_Section):
+    """Labelled public images that choices are measured on, and the metric that decides."""
+
+    images: Text
+    split: Text | None = None
+    # Sites differ in their class mix, so that plain accuracy would favour whatever guesses the common class.
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"] = "balanced_accuracy"
+    batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+class ScaleSearch(Measured):
+    """The values of `scale` to try."""
+
+    # Each value costs one pass over the images; beyond a hundred the gaps are below what a metric can tell.
+    search: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=100, strict=False)]
+
+
+class WeightSearch(Measured):
+    """The sites' weights are found by doubling or halving one at a time, in at most `rounds` rounds."""
+
+    search: Literal["coordinate"]
+    rounds: Annotated[int, Field(ge=1, le=100)] = 6
+
+
+def _searches(value: Any) -> str:
+    return "<search>" if isinstance(value, (dict, Measured)) else "<value>"
+
+
+Scale = Annotated[Annotated[Finite, Tag("<value>")] | Annotated[ScaleSearch, Tag("<search>")], Discriminator(_searches)]
+Weights = Annotated[
+    Annotated[Literal["equal", "examples"], Tag("<value>")] | Annotated[WeightSearch, Tag("<search>")],
+    Discriminator(_searches),
+]
+
+
 class Merge(_Section):
-    """How the vectors are combined; `scale` is the lambda that the result is multiplied with."""
+    """How the vectors are combined; `scale` is the lambda that the result is multiplied with.
+
+    `clip` shortens every site's vector to at most this norm, or to at most the median of the sites' norms.
+    """
 
     method: Text = "sum"
-    scale: Finite = 1.0
+    scale: Scale = 1.0
     options: dict[str, Any] = {}
-    weights: Literal["equal", "examples"] = "equal"
+    weights: Weights = "equal"
+    clip: Clip | None = None
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def searched(self) -> ScaleSearch | WeightSearch | None:
+        """What is found by measuring, if anything is."""
+        return next((one for one in (self.scale, self.weights) if isinstance(one, (ScaleSearch, WeightSearch))), None)
+
+    @property
+    def factor(self) -> float:
+        """The scale; NaN as long as it is searched for."""
+        return math.nan if isinstance(self.scale, ScaleSearch) else self.scale
 
 
 class Recalibrate(_Section):
@@ -110,6 +172,9 @@ class Lock(_Section):
     vectors: Annotated[tuple[LockedInput, ...], Field(strict=False)]
     calibration: LockedInput | None = None
     evaluation: LockedInput | None = None
+    search: LockedInput | None = None
+    # What `adamerging` learned: for each tensor one number per vector, in the order of `vectors`.
+    coefficients: dict[str, Annotated[tuple[Finite, ...], Field(strict=False)]] | None = None
     tools: dict[str, str]
 
 

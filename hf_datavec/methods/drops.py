@@ -1,0 +1,124 @@
+"""Methods that drop values at random and enlarge the rest: dare and della, summed or with an elected sign."""
+
+# Without `from __future__ import annotations`, so that an option's range is an object, not text.
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from hf_datavec.methods import Between, method
+from hf_datavec.methods.linear import weighted_sum
+from hf_datavec.methods.signs import Density, agreeing
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Epsilon = Annotated[float, Between(0, 0.5)]
+
+
+def _kept(vectors: "Tensor", chances: "Tensor", generators: "Sequence[Generator]", *, rescale: bool) -> "Tensor":
+    """The vectors with each value kept by its chance, and divided by it so that the expectation stays."""
+    import torch
+
+    result = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+    for place, generator in enumerate(generators):
+        # Drawn on the CPU, so that every device sees the same numbers.
+        drawn = torch.rand(vectors.shape[1:], dtype=torch.float64, generator=generator).to(vectors.device)
+        values = vectors[place].double()
+        result[place] = torch.where(drawn < chances[place], values / chances[place] if rescale else values, 0.0)
+    return result
+
+
+def _dare(vectors: "Tensor", density: float, generators: "Sequence[Generator]", *, rescale: bool) -> "Tensor":
+    import torch
+
+    chances = torch.full((len(vectors), 1), density, dtype=torch.float64, device=vectors.device)
+    return _kept(vectors, chances, generators, rescale=rescale)
+
+
+@method(
+    "dare_linear",
+    formula="sum_j w_j b_j tau_j / density, b_j ~ Bernoulli(density)",
+    source="arXiv 2311.03099 (DARE)",
+    uses_weights=True,
+    kind="tensor",
+)
+def dare_linear(
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]",
+    density: Density = 0.5, rescale: bool = True, normalize: bool = False,
+) -> "Tensor":  # fmt: skip
+    """The sum of the vectors after values were dropped at random and the rest enlarged."""
+    total = weighted_sum(_dare(vectors, density, generators, rescale=rescale), weights.tolist())
+    return total / sum(weights.tolist()) if normalize else total
+
+
+@method(
+    "dare_ties",
+    formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = b_j tau_j / density, A as in ties",
+    source="arXiv 2311.03099 (DARE) and arXiv 2306.01708 (TIES-Merging)",
+    uses_weights=True,
+    kind="tensor",
+)
+def dare_ties(
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]",
+    density: Density = 0.5, rescale: bool = True, normalize: bool = True,
+) -> "Tensor":  # fmt: skip
+    """The vectors dropped at random as in dare, averaged over the sites that agree on the sign as in ties."""
+    return agreeing(_dare(vectors, density, generators, rescale=rescale), weights, normalize=normalize)
+
+
+def _chance_out_of_range(sites: int, density: float, epsilon: float, **_: object) -> str | None:
+    if density - epsilon <= 0 or density + epsilon > 1 + 1e-9:
+        return f"keeps values by chances from density - epsilon to density + epsilon: {density:g} -+ {epsilon:g}"
+    return None
+
+
+def _della(
+    vectors: "Tensor", density: float, epsilon: float, generators: "Sequence[Generator]", *, rescale: bool
+) -> "Tensor":
+    """MagPrune: within each row a value's chance to stay grows evenly with the rank of its magnitude."""
+    import torch
+
+    # Stable, so that equal magnitudes are ranked by their place and not by chance.
+    order = vectors.abs().argsort(dim=2, stable=True)
+    ranks = torch.empty_like(order).scatter_(
+        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
+    )
+    # A row of one value has no order; it stays by the middle chance.
+    last = order.shape[2] - 1
+    chances = density - epsilon + ranks.double() * (2 * epsilon / last) if last > 0 else ranks.double() + density
+    return _kept(vectors, chances, generators, rescale=rescale).flatten(1)
+
+
+@method(
+    "della",
+    formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = b_j tau_j / p_j, p_j = density -+ epsilon by row rank",
+    source="arXiv 2406.11617 (DELLA: MagPrune, elect, fuse)",
+    uses_weights=True,
+    kind="matrix",
+    refusal=_chance_out_of_range,
+    copies=6,
+)
+def della(
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]", density: Density = 0.5,
+    epsilon: Epsilon = 0.1, rescale: bool = True, normalize: bool = True,
+) -> "Tensor":  # fmt: skip
+    """Values dropped at random, the small ones of each row more often, then averaged where signs agree."""
+    kept = _della(vectors, density, epsilon, generators, rescale=rescale)
+    return agreeing(kept, weights, normalize=normalize).reshape(vectors.shape[1:])
+
+
+@method(
+    "della_linear",
+    formula="sum_j w_j b_j tau_j / p_j, p_j = density -+ epsilon by rank in the row",
+    source="arXiv 2406.11617 (DELLA), without its election",
+    uses_weights=True,
+    kind="matrix",
+    refusal=_chance_out_of_range,
+    copies=6,
+)
+def della_linear(
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]", density: Density = 0.5,
+    epsilon: Epsilon = 0.1, rescale: bool = True, normalize: bool = False,
+) -> "Tensor":  # fmt: skip
+    """Values dropped at random, the small ones of each row more often, then summed."""
+    total = weighted_sum(_della(vectors, density, epsilon, generators, rescale=rescale), weights.tolist())
+    return (total / sum(weights.tolist()) if normalize else total).reshape(vectors.shape[1:])

@@ -1,0 +1,166 @@
+"""Methods that settle conflicts coordinate by coordinate: ties, breadcrumbs, magmax, emr, consensus.
+
+A value is trimmed by its rank among the magnitudes of its tensor or of the site's whole vector, as `scope` says. Values
+as large as the one at the boundary stay in, so how many are kept is exact whenever magnitudes differ.
+"""
+
+# Without `from __future__ import annotations`, so that an option's range is an object, not text.
+from typing import TYPE_CHECKING, Annotated
+
+from hf_datavec.methods import Between, Scope, method
+from hf_datavec.methods.linear import weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Less than one value in ten thousand is a slip of the pen; zero would keep nothing.
+Density = Annotated[float, Between(0.0001, 1)]
+
+
+def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tensor":
+    """The sum, or weighted average, of those w_j tau_j whose sign is that of the sum of all of them.
+
+    Where the sum is zero no sign is elected and the result is zero.
+
+    Source: arXiv 2306.01708, algorithm 1, its steps "elect" and "disjoint merge".
+    """
+    import torch
+
+    factors = weights.tolist()
+    elected = weighted_sum(vectors, factors).sign()
+    # The sign of w_j tau_j, so that a negative weight votes for the other side.
+    with_elected = [(vector.sign() * weight).sign() == elected for vector, weight in zip(vectors, factors, strict=True)]
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for vector, weight, same in zip(vectors, factors, with_elected, strict=True):
+        total += torch.where(same, vector.double() * weight, 0.0)
+        divisor += same.double() * weight  # a bool times a number would be float32
+    total[elected == 0] = 0.0
+    return torch.where(divisor != 0, total / divisor, 0.0) if normalize else total
+
+
+def trimmed(vectors: "Tensor", thresholds: "Tensor") -> "Tensor":
+    """The vectors with zero for values below the last threshold, and above the first where there are two."""
+    import torch
+
+    sizes = vectors.abs().double()
+    kept = sizes >= thresholds[:, -1:]
+    if thresholds.shape[1] == 2:
+        kept &= sizes <= thresholds[:, :1]
+    return torch.where(kept, vectors, 0.0)
+
+
+def share(fraction: float, length: int) -> int:
+    """How many values a fraction of them is, rounded down."""
+    return int(fraction * length + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
+def _largest(length: int, density: float, **_: object) -> tuple[int, ...]:
+    return (max(1, share(density, length)),)
+
+
+@method(
+    "ties",
+    formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = top density of tau_j, A = {j: sgn t_j = sgn sum w_j t_j}",
+    source="arXiv 2306.01708, algorithm 1 (TIES-Merging)",
+    uses_weights=True,
+    ranks=_largest,
+)
+def ties(
+    vectors: "Tensor", weights: "Tensor", *, thresholds: "Tensor",
+    density: Density = 0.2, scope: Scope = "vector", normalize: bool = True,
+) -> "Tensor":  # fmt: skip
+    """The largest values of each vector, averaged over the sites that agree with the sign of the heavier side."""
+    return agreeing(trimmed(vectors, thresholds), weights, normalize=normalize)
+
+
+def _between(length: int, density: float, gamma: float, **_: object) -> tuple[int, ...]:
+    top = min(share(gamma, length), length - 1)
+    return top + 1, min(top + max(1, share(density, length)), length)
+
+
+def _too_much(sites: int, density: float, gamma: float, **_: object) -> str | None:
+    if density + gamma > 1 + 1e-9:
+        return f"keeps density {density:g} after dropping gamma {gamma:g} of the values: together at most 1"
+    return None
+
+
+@method(
+    "breadcrumbs",
+    formula="sum_j w_j m_j tau_j, m_j drops the largest gamma, keeps the next density of |tau_j|",
+    source="arXiv 2312.06795 (Model Breadcrumbs)",
+    uses_weights=True,
+    ranks=_between,
+    refusal=_too_much,
+)
+def breadcrumbs(
+    vectors: "Tensor", weights: "Tensor", *, thresholds: "Tensor", density: Density = 0.9,
+    gamma: Annotated[float, Between(0, 0.9)] = 0.01, scope: Scope = "tensor", normalize: bool = False,
+) -> "Tensor":  # fmt: skip
+    """The sum of the vectors without their outliers and without their smallest values."""
+    total = weighted_sum(trimmed(vectors, thresholds), weights.tolist())
+    return total / sum(weights.tolist()) if normalize else total
+
+
+@method(
+    "breadcrumbs_ties",
+    formula="sum_{j in A} w_j m_j tau_j / sum_{j in A} w_j, m_j as in breadcrumbs, A as in ties",
+    source="arXiv 2312.06795 (Model Breadcrumbs) and arXiv 2306.01708 (TIES-Merging)",
+    uses_weights=True,
+    ranks=_between,
+    refusal=_too_much,
+)
+def breadcrumbs_ties(
+    vectors: "Tensor", weights: "Tensor", *, thresholds: "Tensor", density: Density = 0.9,
+    gamma: Annotated[float, Between(0, 0.9)] = 0.01, scope: Scope = "tensor", normalize: bool = True,
+) -> "Tensor":  # fmt: skip
+    """The vectors trimmed as in breadcrumbs, averaged over the sites that agree on the sign as in ties."""
+    return agreeing(trimmed(vectors, thresholds), weights, normalize=normalize)
+
+
+@method(
+    "magmax",
+    formula="tau_k, k = argmax_j |tau_j|",
+    source="arXiv 2407.06322 (MagMax)",
+    uses_weights=False,
+)
+def magmax(vectors: "Tensor", weights: "Tensor") -> "Tensor":
+    """Of each coordinate the value of largest magnitude; of two that differ in sign alone the positive one."""
+    import torch
+
+    most, least = vectors.amax(0), vectors.amin(0)
+    return torch.where(most >= -least, most, least)
+
+
+@method(
+    "emr",
+    formula="g max_{j: sgn tau_j = g} |tau_j|, g = sgn sum_j tau_j",
+    source="arXiv 2405.17461 (EMR-Merging), its unified vector",
+    uses_weights=False,
+)
+def emr(vectors: "Tensor", weights: "Tensor") -> "Tensor":
+    """The elected sign with the largest magnitude that agrees with it; EMR's unified vector, without its masks."""
+    import torch
+
+    elected = weighted_sum(vectors, [1.0] * len(vectors)).sign()
+    return elected * torch.where(vectors.sign() == elected, vectors.abs(), 0.0).amax(0)
+
+
+def _too_many_votes(sites: int, votes: int, **_: object) -> str | None:
+    return f"asks for {votes} sites that need a value (votes), but there are {sites}" if votes > sites else None
+
+
+@method(
+    "consensus",
+    formula="[#{j: |tau_j| > threshold |T - tau_j|} >= votes] T, T = sum_j tau_j",
+    source="arXiv 2405.07813 (TALL masks, Consensus TA)",
+    uses_weights=False,
+    refusal=_too_many_votes,
+)
+def consensus(
+    vectors: "Tensor", weights: "Tensor", *,
+    threshold: Annotated[float, Between(0, 10)] = 0.4, votes: Annotated[int, Between(1, 1000)] = 2,
+) -> "Tensor":  # fmt: skip
+    """The sum where at least `votes` sites need it; of a head row that fewer sites have, where all of those do."""
+    total = weighted_sum(vectors, [1.0] * len(vectors))
+    needed = vectors.abs() > threshold * (total - vectors.double()).abs()
+    return total * (needed.sum(0) >= min(votes, len(vectors)))

@@ -1,0 +1,26 @@
+"""The same plan with another `merge:`, as a search tries them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hf_datavec.plan import Plan, ordered, steps_of
+from hf_datavec.recipe import Merge
+
+
+def scaled(plan: Plan, scale: float) -> Plan:
+    """The same plan with a scale that was found."""
+    return with_merge(plan, plan.recipe.merge.model_copy(update={"scale": scale}))
+
+
+def weighted(plan: Plan, weights: Mapping[str, float]) -> Plan:
+    """The same plan with weights that were found, by the contributions' names."""
+    found = with_merge(plan, plan.recipe.merge.model_copy(update={"weights": "equal"}))
+    return replace(found, contributions=ordered(replace(one, weight=weights[one.name]) for one in plan.contributions))
+
+
+def with_merge(plan: Plan, merge: Merge) -> Plan:
+    """The same plan with another `merge:`, made into steps anew."""
+    recipe = plan.recipe.model_copy(update={"merge": merge})
+    return replace(plan, recipe=recipe, steps=tuple(steps_of(recipe, plan.base, plan.labels)))
