@@ -76,6 +76,17 @@ def test_the_card_of_a_fused_repo_says_what_the_hub_reads(hub, tmp_path, monkeyp
     files = api(hub, "consumer").list_repo_files("consortium/fused")
     for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", card.text):
         assert picture in files
+    source = """
+import timm, torch
+from transformers import AutoModelForImageClassification
+first = AutoModelForImageClassification.from_pretrained("consortium/fused").eval()
+second = timm.create_model("hf-hub:consortium/fused", pretrained=True).eval()
+pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+print(torch.equal(first(pixel_values=pixels).logits, second(pixels)))
+"""
+    for name, code, said in (("consumer", 0, "True\n"), ("stranger", 1, "")):
+        loaded = Person(name, tmp_path / name, hub).python(source)
+        assert (loaded.returncode, loaded.stdout) == (code, said), loaded.stderr
     lock = load(coordinator.folder / "fused/recipe.lock.yaml").lock
     assert lock.calibration.commit == lock.evaluation.commit == commit
 

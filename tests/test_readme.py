@@ -82,6 +82,10 @@ def test_every_command_of_the_readme_works_in_its_order(hub, tmp_path):
     api = HfApi(endpoint=hub.endpoint, token="hf_coordinator")
     for repo in ("skin-base", "skin-hospital-a", "skin-hospital-b", "skin-fused"):
         assert api.model_info(f"consortium/{repo}").private, repo
+    (notebook,) = blocks("run: notebook", "python")
+    (office / "notebook.py").write_text(notebook)
+    shell("python notebook.py", office, hub, "hf_coordinator")
+    assert (office / "fused-again" / "model.safetensors").exists()
     loaders = blocks("run: load", "python")
     assert len(loaders) == 2
     (office / "picture.jpg").write_bytes(next((office / "public-test").rglob("*.png")).read_bytes())

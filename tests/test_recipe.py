@@ -47,6 +47,7 @@ evaluate:
 output: ./fused
 dtype: float32
 push: {repo: consortium/derm-fused, private: true}
+aliases: true
 lock:
   base: {reference: ./base, digest: "sha256:00"}
   vectors:
@@ -92,6 +93,7 @@ def test_every_key_is_read_as_written():
         "output": "./fused",
         "dtype": "float32",
         "push": {"repo": "consortium/derm-fused", "private": True, "create_pr": False},
+        "aliases": True,
         "lock": {
             "base": {"reference": "./base", "digest": "sha256:00"},
             "vectors": (
