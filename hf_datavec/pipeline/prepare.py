@@ -15,7 +15,7 @@ from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet, open_images
 from hf_datavec.plan import Contribution, Plan
-from hf_datavec.recipe import ModelEntry, Recipe, VectorEntry
+from hf_datavec.recipe import Evaluate, LockedInput, Measured, ModelEntry, Recipe, VectorEntry
 from hf_datavec.staging import refuse_existing
 from hf_datavec.tuned import fitted
 from hf_datavec.vector import TunedDifferences, open_vector
@@ -116,13 +116,7 @@ def search_images(prepared: Prepared) -> ImageSet | None:
     Raises: InputError when they cannot be opened, have labels that the model lacks, or are not what the lock pins.
     """
     wanted, lock = prepared.recipe.merge.searched, prepared.recipe.lock
-    if wanted is None:
-        return None
-    images = open_images(hub.parse(wanted.images, relative_to=prepared.folder), split=wanted.split)
-    images.label_rows(prepared.plan.labels)
-    if lock and lock.search and lock.search.digest != images.digest:
-        raise planning.not_pinned("search images", lock.search, images.digest)
-    return images
+    return _labelled(prepared, wanted, lock.search if lock else None, "search images") if wanted else None
 
 
 def learning_images(prepared: Prepared) -> ImageSet | None:
@@ -141,8 +135,7 @@ def _public(prepared: Prepared) -> ImageSet:
     wanted, lock = prepared.recipe.recalibrate, prepared.recipe.lock
     assert wanted is not None
     images = open_images(hub.parse(str(wanted.images), relative_to=prepared.folder), split=wanted.split)
-    if lock and lock.calibration and lock.calibration.digest != images.digest:
-        raise planning.not_pinned("calibration images", lock.calibration, images.digest)
+    _refuse_unpinned(images, lock.calibration if lock else None, "calibration images")
     return images
 
 
@@ -152,13 +145,19 @@ def evaluation_images(prepared: Prepared) -> ImageSet | None:
     Raises: InputError when they cannot be opened, have labels that the model lacks, or are not those of the lock.
     """
     wanted, lock = prepared.recipe.evaluate, prepared.recipe.lock
-    if wanted is None:
-        return None
+    return _labelled(prepared, wanted, lock.evaluation if lock else None, "test images") if wanted else None
+
+
+def _labelled(prepared: Prepared, wanted: Evaluate | Measured, locked: LockedInput | None, what: str) -> ImageSet:
     images = open_images(hub.parse(wanted.images, relative_to=prepared.folder), split=wanted.split)
     images.label_rows(prepared.plan.labels)
-    if lock and lock.evaluation and lock.evaluation.digest != images.digest:
-        raise planning.not_pinned("test images", lock.evaluation, images.digest)
+    _refuse_unpinned(images, locked, what)
     return images
+
+
+def _refuse_unpinned(images: ImageSet, locked: LockedInput | None, what: str) -> None:
+    if locked and locked.digest != images.digest:
+        raise planning.not_pinned(what, locked, images.digest)
 
 
 def _contributions(

@@ -13,6 +13,7 @@ from hf_datavec.recipe import mergekit
 from hf_datavec.recipe.problems import method_problems, sense_problems, told
 from hf_datavec.recipe.schema import schema
 from hf_datavec.recipe.sections import (
+    Evaluate,
     LockedInput,
     Measured,
     Merge,
@@ -24,8 +25,8 @@ from hf_datavec.recipe.sections import (
     WeightSearch,
 )
 
-__all__ = ["LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recipe", "ScaleSearch", "VectorEntry",
-           "WeightSearch", "check", "load", "load_with_notes", "mergekit", "schema"]  # fmt: skip
+__all__ = ["Evaluate", "LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recipe", "ScaleSearch",
+           "VectorEntry", "WeightSearch", "check", "load", "load_with_notes", "mergekit", "schema"]  # fmt: skip
 
 
 def load(path: Path) -> Recipe:
