@@ -50,11 +50,7 @@ class Fusion:
 def vector_card(manifest: Manifest, *, license: str | None = None) -> str:
     """The card of a vector repo; `license` is that of its base."""
     left_out = [entry_name for entry_name, entry in manifest.tensors.items() if not entry.stored]
-    statistics = (
-        "The site's BatchNorm running statistics are **included**; they summarise its private images."
-        if manifest.has_statistics
-        else "BatchNorm running statistics are left out, since they summarise private images."
-    )
+    statistics = _statistics_text(manifest)
     entries = manifest.tensors.values()
     roles = [(role.value, str(sum(e.role is role for e in entries)), _stored(manifest, role)) for role in Role]
     commit = f" at commit `{manifest.base.commit}`" if manifest.base.commit else ""
@@ -114,6 +110,20 @@ def _second_moments_text(manifest: Manifest) -> str:
     return (
         "\n## Second moments\n\nFor methods that weigh single weights (`fisher`, `regmean`) the site shares more than "
         "its vector. **These files summarise its private images.**\n\n" + "".join(lines)
+    )
+
+
+def _statistics_text(manifest: Manifest) -> str:
+    if not manifest.has_statistics:
+        return "BatchNorm running statistics are left out, since they summarise private images."
+    text = "The site's BatchNorm running statistics are **included**; they summarise its private images."
+    if (noise := manifest.noise) is None:
+        return text
+    return (
+        f"{text} They carry Gaussian noise (sigma {noise.sigma:.3g} of the base's standard deviations), for epsilon "
+        f"{noise.epsilon:g} and delta {noise.delta:g} against the change of one image, **given the weights**, which "
+        "carry none, and **assuming** that the root mean square of one image's contributions is at most "
+        f"{noise.bound:g}."
     )
 
 

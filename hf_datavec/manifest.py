@@ -24,6 +24,7 @@ class _Part(BaseModel):
 
 Label = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class BaseIdentity(_Part):
@@ -54,6 +55,19 @@ class SecondMoment(_Part):
     images: int = Field(ge=1)
 
 
+class StatisticsNoise(_Part):
+    """The Gaussian noise on the statistics; `bound` is the assumed root mean square of one image's contributions.
+
+    `sensitivity` and `sigma` are in units of the base's standard deviations (of its variances, for mean squares).
+    """
+
+    epsilon: Positive
+    delta: Positive
+    bound: Positive
+    sensitivity: Positive
+    sigma: Positive
+
+
 class Manifest(_Part):
     """The content of `datavec.json`: `content` is the digest of the tensors, `digest` that of all the rest.
 
@@ -68,6 +82,7 @@ class Manifest(_Part):
     labels: tuple[Label, ...] = Field(strict=False, min_length=1)
     examples: dict[str, Count] | None = None
     training: dict[str, Any] | None = None
+    noise: StatisticsNoise | None = None
     norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tensors: dict[str, TensorEntry]
     second_moments: dict[Literal["fisher", "gram"], SecondMoment] | None = None

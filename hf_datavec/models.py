@@ -46,7 +46,7 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
     module = load_module(checkpoint)
     # Convolutions, depthwise ones above all, run up to twice as fast in this order, on CPUs too.
     module = module.to(device, memory_format=torch.channels_last).eval()
-    return Network(module, checkpoint.labels, _preprocess(checkpoint))
+    return Network(module, checkpoint.labels, preprocess(checkpoint))
 
 
 def load_module(checkpoint: Checkpoint) -> Any:
@@ -79,7 +79,8 @@ def load_module(checkpoint: Checkpoint) -> Any:
     return module
 
 
-def _preprocess(checkpoint: Checkpoint) -> Callable[[Image], torch.Tensor]:
+def preprocess(checkpoint: Checkpoint) -> Callable[[Image], torch.Tensor]:
+    """How a picture becomes a checkpoint's input. Raises: InputError when the folder does not say."""
     from transformers import AutoImageProcessor
 
     try:
@@ -108,21 +109,48 @@ def normalization_layers(module: Any) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
 
 
-def stored_statistics(network: Network) -> dict[str, torch.Tensor]:
-    """The BatchNorm running statistics in memory, under the names that the model's file uses.
+def stored(network: Network, names: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors in memory whose live names are wanted, under the names that the model's file uses.
 
     Live names differ from those in the file (timm's wrapper, renamed transformers modules), so the library's
     own saving code translates them.
     """
-    buffers = {
-        name: value.clone()
-        for name, value in network.module.state_dict().items()
-        if name.endswith(("running_mean", "running_var"))
-    }
+    return _translated(network, {name: value for name, value in network.module.state_dict().items() if names(name)})
+
+
+def _translated(network: Network, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
-        network.module.save_pretrained(folder, state_dict=buffers)
-        stored = open_folder(Path(folder))
-        return {name: stored.read(name).clone() for name in stored.records}
+        network.module.save_pretrained(folder, state_dict={name: value.clone() for name, value in tensors.items()})
+        written = open_folder(Path(folder))
+        return {name: written.read(name).clone() for name in written.records}
+
+
+def statistic_layers(network: Network) -> dict[str, Any]:
+    """Every BatchNorm layer that keeps running statistics, by its name in the model's file."""
+    layers = normalization_layers(network.module)
+    live = [name for name, part in network.module.named_modules() if any(part is layer for layer in layers)]
+    # Each layer's number is written in place of its statistics, and read back under the name in the file.
+    numbered = {
+        f"{name}.running_mean": network.module.get_submodule(name).running_mean.new_full((1,), number)
+        for number, name in enumerate(live)
+    }
+    numbers = {name: int(value) for name, value in _on_main_process(network, numbered).items()}
+    return {
+        name.removesuffix(".running_mean"): network.module.get_submodule(live[number])
+        for name, number in numbers.items()
+    }
+
+
+def _on_main_process(network: Network, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Under torch.distributed, transformers writes files in the first process only, so it tells the others.
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    found: list[dict[str, torch.Tensor]] = [{}]
+    state = PartialState()
+    if tensors and state.is_main_process:
+        found = [_translated(network, tensors)]
+    return (broadcast_object_list(found) if state.num_processes > 1 else found)[0]
 
 
 def refuse_unloadable(folder: Path) -> None:

@@ -228,8 +228,8 @@ def _average_errors(plan: Plan) -> Iterator[InputError]:
         if step.method.uses_weights and step.method.chosen(step.options).get("normalize", True)
     }
     restore = plan.recipe.recalibrate
-    if restore and restore.mode == "moments" and plan.base.has_statistics:
-        averaging.add("moments")
+    if restore and restore.mode not in ("none", "statistics") and plan.base.has_statistics:
+        averaging.add(restore.mode)
     for name in sorted(averaging):
         negative = [one.name for one in plan.contributions if one.weight < 0]
         if negative:
@@ -323,7 +323,7 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
         yield "BatchNorm statistics stay the base's; a fused network usually needs `recalibrate:`"
     if recipe.lock and recipe.lock.tools != tool_versions():
         yield f"the lock was made with {recipe.lock.tools}, this is {tool_versions()}: bytes may differ"
-    if mode == "statistics" and recipe.recalibrate and recipe.recalibrate.count < FEW_IMAGES:
+    if recipe.recalibrate and recipe.recalibrate.looks_at_images and recipe.recalibrate.count < FEW_IMAGES:
         yield f"recalibration on {recipe.recalibrate.count} images is unreliable; some hundreds are usual"
     if recipe.push and not recipe.push.private and not recipe.aliases:
         yield "the fused repo will be public, and its card names the sites' repos; aliases: true replaces them"

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_datavec import __version__
 from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
-from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, TensorEntry
+from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, StatisticsNoise, TensorEntry
 from hf_datavec.second_moments import Kind, SecondMoments, open_beside
 from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
 from hf_datavec.tuned import Tuned
@@ -117,15 +117,28 @@ def refuse_nonfinite(tensor: torch.Tensor, name: str, where: str) -> None:
         )
 
 
+class Differences(Protocol):
+    """Differences to a base, whatever they are computed from."""
+
+    @property
+    def base(self) -> Checkpoint: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 def write(
     folder: Path,
-    differences: TunedDifferences,
+    differences: Differences,
     base_id: BaseIdentity,
     *,
     with_statistics: bool = False,
     examples: Mapping[str, int] | None = None,
     training: Mapping[str, Any] | None = None,
     second_moments: Mapping[Kind, SecondMoment] | None = None,
+    noise: StatisticsNoise | None = None,
 ) -> Manifest:
     """Write `vector.safetensors` and `datavec.json` into a folder and return the manifest.
 
@@ -148,6 +161,7 @@ def write(
         labels=differences.labels,
         examples=dict(examples) if examples else None,
         training=dict(training) if training else None,
+        noise=noise,
         norm=0.0,
         tensors=entries,
         second_moments=dict(second_moments) if second_moments else None,

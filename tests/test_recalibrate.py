@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_datavec import hub, models, recalibrate
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
+from hf_datavec.recalibrate import Pictures, lockstep
 
 COUNT = 23
 
@@ -28,7 +29,7 @@ def pictures(count: int = COUNT) -> torch.Tensor:
 def restored(network: models.Network, batch_size: int, count: int = COUNT) -> dict[str, torch.Tensor]:
     own = models.Network(copy.deepcopy(network.module), network.labels, network.preprocess)
     images = pictures(count)
-    recalibrate.statistics(own, lambda indices: images[list(indices)], count=count, batch_size=batch_size)
+    recalibrate.statistics(own, Pictures(count, lambda indices: images[list(indices)], batch_size))
     return {name: value for name, value in own.module.state_dict().items() if "running" in name}
 
 
@@ -72,12 +73,12 @@ def test_the_batch_size_does_not_matter(kind, tmp_path):
 
 def test_images_beyond_the_joint_number_are_pooled_by_the_law_of_total_variance(tmp_path, monkeypatch):
     network = models.load(make_network("test_resnet", tmp_path / "net"))
-    monkeypatch.setattr(recalibrate, "JOINT", 8)
+    monkeypatch.setattr(lockstep, "JOINT", 8)
     first = restored(network, 3)
     for name, value in restored(network, 8).items():
         torch.testing.assert_close(value, first[name], rtol=1e-5, atol=1e-6)
     # The first layer sees the pictures themselves, so there pooling groups must equal one pass over all.
-    monkeypatch.setattr(recalibrate, "JOINT", 512)
+    monkeypatch.setattr(lockstep, "JOINT", 512)
     whole = restored(network, 8)
     stem = next(name.rpartition(".")[0] for name in first)
     for part in ("running_mean", "running_var"):
@@ -94,8 +95,8 @@ def test_modes_momenta_counters_and_weights_are_left_as_they_were(tmp_path):
     momenta = [layer.momentum for layer in layers]
     before = {name: value.clone() for name, value in network.module.state_dict().items()}
     images = pictures()
-    layers_set = recalibrate.statistics(network, lambda indices: images[list(indices)], count=COUNT, batch_size=6)
-    assert layers_set == len(layers)
+    found = recalibrate.statistics(network, Pictures(COUNT, lambda indices: images[list(indices)], 6))
+    assert len(found) == len(layers)
     assert [part.training for part in network.module.modules()] == modes
     assert [layer.momentum for layer in layers] == momenta
     assert not any(layer._forward_pre_hooks for layer in layers)
@@ -125,7 +126,7 @@ def test_a_failing_image_ends_the_run_with_its_own_error(tmp_path):
         return images[list(indices)]
 
     with pytest.raises(ValueError, match="image 15 is broken"):
-        recalibrate.statistics(network, load, count=COUNT, batch_size=4)
+        recalibrate.statistics(network, Pictures(COUNT, load, 4))
 
 
 PROCESSES = """
@@ -135,6 +136,7 @@ from accelerate import PartialState
 from hf_datavec import hub, models
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
+from hf_datavec.recalibrate import Pictures, lockstep
 from test_recalibrate import COUNT, restored
 state = PartialState(cpu=True)
 network = models.load(Path(sys.argv[1]))
@@ -155,7 +157,8 @@ def test_the_number_of_processes_changes_neither_statistics_nor_predictions(proc
     (tmp_path / "run.py").write_text(PROCESSES)
     launch = ["torch.distributed.run", "--nproc_per_node", processes, "--rdzv-backend", "c10d"]
     arguments = ["--rdzv-endpoint", "127.0.0.1:0", tmp_path / "run.py", folder, images, tmp_path / "out.pt"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *map(str, launch + arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

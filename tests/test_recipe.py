@@ -162,7 +162,10 @@ def test_what_is_not_a_mapping_is_told_what_a_recipe_is(text):
             MINIMAL + "recalibrate: {images: x, count: 1.5}\n",
             "3:33: recalibrate.count: expected a whole number, found 1.5",
         ),
-        (MINIMAL + "recalibrate: {mode: x}\n", "3:21: recalibrate.mode: 'x' is not one of none, statistics, moments"),
+        (
+            MINIMAL + "recalibrate: {mode: x}\n",
+            "3:21: recalibrate.mode: 'x' is not one of none, statistics, moments, relative, repair, tune, auto",
+        ),
         (MINIMAL + "evaluate: {}\n", "3:1: evaluate: 'images:' is missing"),
         (MINIMAL + "lock: {base: {digest: x}, vectors: [], tools: {}}\n", "3:8: lock.base: 'reference:' is missing"),
     ],
@@ -322,7 +325,7 @@ def test_the_schema_accepts_what_the_parser_accepts(text):
     [
         "bsae: x", "dtype: int8", "merge: {method: sums}", "merge: {method: linear, options: {normalise: true}}",
         "merge: {method: linear, options: {normalize: 3}}", "merge: {method: mean, options: {normalize: true}}",
-        "recalibrate: {count: 0}", "recalibrate: {mode: relative}", "evaluate: {}", "push: {repo: 3}",
+        "recalibrate: {count: 0}", "recalibrate: {mode: relatives}", "evaluate: {}", "push: {repo: 3}",
         "merge: {overrides: [{tensors: x, method: linear, options: {extra: 1}}]}", "merge: {seed: -1}",
     ],
 )  # fmt: skip

@@ -82,6 +82,7 @@ def diff(options: Namespace) -> None:
         with_statistics=options.with_statistics,
         share_counts=options.share_counts,
         observed=observed,
+        noise=options.noise,
     )
     kinds: dict[tuple[str, bool], int] = {}
     for entry in manifest.tensors.values():

@@ -116,6 +116,13 @@ def _diff_and_push(actions: Commands) -> None:
     diff.add_argument(
         "--with-statistics", action="store_true", help="include BatchNorm statistics, a summary of the private images"
     )
+    diff.add_argument(
+        "--noise",
+        type=_above_zero,
+        metavar="EPSILON",
+        help="with --with-statistics: Gaussian noise on the statistics, for this epsilon against the change of one "
+        "image; a small one drowns them (docs/restoration.md)",
+    )
     diff.add_argument("--share-counts", action="store_true", help="include the number of images per class")
     diff.add_argument(
         "--with",

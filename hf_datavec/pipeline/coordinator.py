@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import fuse, hub, models, recalibrate, report, study_base, tensors, variants
+from hf_datavec import fuse, hub, models, report, study_base, tensors, variants
 from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
@@ -19,6 +18,7 @@ from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline import choosing, finished, lock
 from hf_datavec.pipeline import device as devices
+from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import adapt
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.choosing import Choice, Chooser
@@ -77,13 +77,14 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         return _handed_over(prepared, output, geometry)
     refuse_existing(output)
     _verify(prepared.plan)
+    chosen = restoring.decide(prepared.plan, public, place)
     gram, recipe = Gram(), prepared.recipe
     with staged(output) as folder:
         study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             digest = _write_weights(writing, folder, place, seen)
-            return _restore(plan, folder, public, place, digest)
+            return restoring.restore(plan, folder, public, chosen, digest)
 
         plan, adapted = prepared.plan, None
         if learning is not None:
@@ -163,64 +164,6 @@ def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Recor
     places = {record.name: file for file, records in by_file.items() for record in records}
     index = {"metadata": {"total_size": plan.write_bytes}, "weight_map": dict(sorted(places.items()))}
     (folder / tensors.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _restore(plan: Plan, folder: Path, public: ImageSet | None, device: torch.device, digest: str) -> tuple[str, str]:
-    """Restore BatchNorm statistics in the written folder; returns a sentence and the new content digest."""
-    wanted = plan.recipe.recalibrate
-    if not plan.base.has_statistics:
-        return "The network has no BatchNorm, so no statistics needed restoring.", digest
-    if wanted is None or wanted.mode == "none":
-        return "BatchNorm statistics are the base's.", digest
-    if public is not None:
-        network = models.load(folder, device=device)
-        count = min(wanted.count, len(public))
-        layers = _measure_statistics(network, public, count, wanted.batch_size)
-        if not layers:
-            problem = f"'{plan.base.folder}' stores running statistics, but none of its layers is a BatchNorm"
-            raise InputError(problem, hint="use recalibrate: {mode: none}")
-        restored = models.stored_statistics(network)
-        named = public.fetched.reference.identity
-        images = "1 image" if count == 1 else f"{count} images"
-        text = f"The statistics of {layers} BatchNorm layers were re-estimated on {images} of `{named}`."
-    else:
-        restored = recalibrate.moments(plan.base, plan.contributions)
-        text = f"The statistics of {len(restored) // 2} BatchNorm layers were combined from the sites' own."
-    stored = tensors.open_folder(folder)
-    _refuse_broken(restored, stored)
-    before = {name: plan.base.tensors.read(name) for name in restored}
-    tensors.overwrite(stored.records, restored)
-    change = recalibrate.median_change(before, restored)
-    log.info("BatchNorm means moved by %.2f standard deviations of the base's (median of all channels)", change)
-    return text, tensors.open_folder(folder).digest
-
-
-def _refuse_broken(restored: Mapping[str, torch.Tensor], stored: tensors.StoredTensors) -> None:
-    """Raise InputError when restored statistics are NaN or infinite, or become so in the type they are stored in."""
-    import torch
-
-    for name, value in sorted(restored.items()):
-        dtype = stored.records[name].dtype
-        if not bool(torch.isfinite(value.to(getattr(torch, tensors.TORCH_NAMES[dtype]))).all()):
-            raise InputError(
-                f"the restored statistics '{name}' are not finite in {dtype}",
-                hint="the fused weights are too large: use a smaller scale, or dtype: float32",
-            )
-
-
-def _measure_statistics(network: models.Network, public: ImageSet, count: int, batch_size: int) -> int:
-    # Evenly spread, since folders list one class after the other.
-    chosen = [index * len(public) // count for index in range(count)]
-    with_bar = progress(range(count), text="recalibrate", total=count, unit="image")
-
-    def load(indices: Sequence[int]) -> torch.Tensor:
-        return public.tensors(network.preprocess, [chosen[index] for index in indices])
-
-    def notify(images: int) -> None:
-        for _ in range(images):
-            next(with_bar, None)
-
-    return recalibrate.statistics(network, load, count=count, batch_size=batch_size, notify=notify)
 
 
 def _measure(recipe: Recipe, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:

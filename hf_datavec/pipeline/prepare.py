@@ -105,7 +105,7 @@ def calibration_images(prepared: Prepared) -> ImageSet | None:
     Raises: InputError when they cannot be opened, or are not those that the lock pins.
     """
     wanted = prepared.recipe.recalibrate
-    if wanted is None or wanted.mode != "statistics" or not prepared.plan.base.has_statistics:
+    if wanted is None or not wanted.looks_at_images or not prepared.plan.base.has_statistics:
         return None
     return _public(prepared)
 

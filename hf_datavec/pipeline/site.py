@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_datavec import curvature, hub, second_moments, study_base, vector
 from hf_datavec import finetune as training
+from hf_datavec import noise as noising
 from hf_datavec.card import licence, vector_card
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import open_images
-from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment
+from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment, StatisticsNoise
 from hf_datavec.models import load
 from hf_datavec.pipeline import device as devices
 from hf_datavec.progress import progress
@@ -73,10 +74,12 @@ def diff(
     with_statistics: bool = False,
     share_counts: bool = False,
     observed: Observed | None = None,
+    noise: float | None = None,
 ) -> Manifest:
     """Write the vector (tuned minus base) with manifest and card to `output`; returns the manifest.
 
-    Raises: InputError when the tuned network does not fit the base, or is not finite.
+    `noise` is the epsilon that the statistics' noise is for. Raises: InputError when the tuned network does not fit
+    the base, is not finite, or does not say what the noise must know.
     """
     refuse_existing(output)
     if labels is not None:
@@ -99,9 +102,10 @@ def diff(
     if observed is not None and not place.is_dir():
         hint = "give the folder with config.json and model.safetensors"
         raise InputError(f"'{tuned}' is a file; second moments are measured on a model that can be run", hint=hint)
-    differences = vector.TunedDifferences(checkpoint, network)
+    exact = vector.TunedDifferences(checkpoint, network)
+    differences, noised = (exact, None) if noise is None else _noised(exact, noise, record, with_statistics)
     with staged(output) as folder:
-        beside = _second_moments(observed, place, differences, folder) if observed else None
+        beside = _second_moments(observed, place, exact, folder) if observed else None
         manifest = vector.write(
             folder,
             differences,
@@ -110,6 +114,7 @@ def diff(
             examples=record.get("examples") if share_counts else None,
             training=record.get("settings"),
             second_moments=beside,
+            noise=noised,
         )
         (folder / "README.md").write_text(vector_card(manifest, license=licence(fetched.folder)), "utf-8")
     return manifest
@@ -156,6 +161,20 @@ def _second_moments(
             vector.refuse_nonfinite(value, name, wanted.images)
         found[kind] = second_moments.write(folder, kind, values, count)
     return found
+
+
+def _noised(
+    exact: vector.TunedDifferences, epsilon: float, record: dict[str, Any], with_statistics: bool
+) -> tuple[vector.Differences, StatisticsNoise]:
+    if not with_statistics:
+        raise InputError("--noise is for statistics, but none are included", hint="add --with-statistics")
+    images, batch_size = sum((record.get("examples") or {}).values()), record.get("settings", {}).get("batch_size")
+    if not images or not batch_size:
+        raise InputError(
+            "--noise needs the number of training images and the batch size",
+            hint="they are in the training.json that `hf-datavec finetune` writes",
+        )
+    return noising.noised(exact, epsilon=epsilon, images=images, batch_size=batch_size)
 
 
 def push(folder: str, to: str, *, private: bool = True, revision: str | None = None, create_pr: bool = False) -> str:

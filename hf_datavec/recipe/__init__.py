@@ -19,14 +19,16 @@ from hf_datavec.recipe.sections import (
     Merge,
     ModelEntry,
     Override,
+    Recalibrate,
     Recipe,
     ScaleSearch,
     VectorEntry,
     WeightSearch,
 )
 
-__all__ = ["Evaluate", "LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recipe", "ScaleSearch",
-           "VectorEntry", "WeightSearch", "check", "load", "load_with_notes", "mergekit", "schema"]  # fmt: skip
+__all__ = ["Evaluate", "LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recalibrate", "Recipe",
+           "ScaleSearch", "VectorEntry", "WeightSearch", "check", "load", "load_with_notes", "mergekit",
+           "schema"]  # fmt: skip
 
 
 def load(path: Path) -> Recipe:

@@ -21,6 +21,7 @@ from hf_datavec.recipe.sections import (
     Recalibrate,
     Recipe,
     ScaleSearch,
+    Tune,
     VectorEntry,
     WeightSearch,
 )
@@ -31,6 +32,8 @@ TAGS: dict[KeyPath, tuple[str, ...]] = {
     ("merge", "scale"): ("<value>", "<search>"),
     ("merge", "weights"): ("<value>", "<search>"),
 }
+# The modes that measure something on images; `auto` takes them if there are any.
+NEED_IMAGES = ("statistics", "relative", "repair", "tune")
 
 
 def told(document: Document, found: Any) -> LocatedError:
@@ -108,6 +111,8 @@ def _known_keys(path: KeyPath, data: Any) -> list[str]:
         return list(Override.model_fields)
     if path[:2] in (("merge", "scale"), ("merge", "weights")):
         return list((ScaleSearch if path[1] == "scale" else WeightSearch).model_fields)
+    if path == ("recalibrate", "tune"):
+        return list(Tune.model_fields)
     return list(sections[str(path[0])].model_fields) if len(path) == 1 and path[0] in sections else []
 
 
@@ -168,9 +173,12 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
         hint = "add recalibrate: {images: ./public-images}, with mode: none for a network without BatchNorm"
         yield document.problem(("merge", "method"), problem, about=("merge",), hint=hint)
     restore = recipe.recalibrate
-    if restore and restore.mode == "statistics" and not restore.images:
+    if restore and restore.mode in NEED_IMAGES and not restore.images:
         hint = "name a folder or data set of public images, or use mode: moments or none"
-        yield document.problem(("recalibrate",), "mode 'statistics' needs 'images:'", at="key", hint=hint)
+        yield document.problem(("recalibrate",), f"mode '{restore.mode}' needs 'images:'", at="key", hint=hint)
+    if restore and restore.mode != "tune" and restore.tune is not None:
+        problem = f"is for mode 'tune' alone, but the mode is '{restore.mode}'"
+        yield document.problem(("recalibrate", "tune"), problem, at="key", hint="remove it, or use mode: tune")
     for index, override in enumerate(recipe.merge.overrides):
         try:
             re.compile(override.tensors)

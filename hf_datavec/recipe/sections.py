@@ -130,14 +130,35 @@ class Merge(_Section):
         return math.nan if isinstance(self.scale, ScaleSearch) else self.scale
 
 
-class Recalibrate(_Section):
-    """How BatchNorm statistics are restored; `images` are public, their labels are not looked at."""
+class Tune(_Section):
+    """The steps of mode `tune`; without `loss`, labels are used where the images have them, else entropy."""
 
-    mode: Literal["none", "statistics", "moments"] = "statistics"
+    parameters: Literal["affine", "all"] = "affine"
+    loss: Literal["labels", "entropy"] | None = None
+    # A few passes over some hundred images; more is training, which `finetune` does better.
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+
+
+class Recalibrate(_Section):
+    """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone."""
+
+    mode: Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"] = "statistics"
     images: Text | None = None
     split: Text | None = None
     count: Annotated[int, Field(ge=1)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 64
+    tune: Tune | None = None
+
+    @property
+    def tuning(self) -> Tune:
+        """The steps of mode `tune`."""
+        return self.tune or Tune()
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether the mode restores on images, if there are any."""
+        return self.mode not in ("none", "moments") and self.images is not None
 
 
 class Evaluate(_Section):

@@ -1,0 +1,245 @@
+"""Restoring a fused network: which way, on what, and what has to be said about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_datavec import models, recalibrate, tensors
+from hf_datavec.errors import InputError
+from hf_datavec.images import ImageSet
+from hf_datavec.plan import Plan
+from hf_datavec.progress import progress
+from hf_datavec.recalibrate import Domain, Gaussian, Pictures, Sites
+from hf_datavec.recipe import Recalibrate
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """How a merge is restored, decided before anything is written; `caution` is empty when all is well."""
+
+    mode: str
+    sites: Sites
+    domain: Domain
+    caution: str = ""
+
+
+def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restoration:
+    """The mode, `auto` resolved, after holding the public images against the sites'. Warns on the log."""
+    sites = recalibrate.sharing(plan.base, plan.contributions, device=device)
+    wanted = plan.recipe.recalibrate
+    if not plan.base.has_statistics or wanted is None or wanted.mode == "none":
+        return Restoration("none", sites, Domain(None))
+    domain, blind = Domain(None), False
+    if public is not None:
+        domain = recalibrate.compare(sites, _pictures(sites, public, wanted))
+        if wanted.mode == "tune":
+            blind = _labelled(public, wanted, plan.labels) is None
+    everyone = len(sites.members) == len(plan.contributions)
+    mode = (
+        automatic(sites.shared, everyone, domain, images=public is not None) if wanted.mode == "auto" else wanted.mode
+    )
+    caution = cautions(mode, sites, len(plan.contributions), domain)
+    if blind:
+        unchecked = "Tuning on entropy is checked by no label and can make the model worse."
+        caution = f"{caution} {unchecked}".strip()
+    if wanted.mode == "auto":
+        log.info("recalibrate: auto chooses '%s'", mode)
+    if caution:
+        log.warning("warning: %s", caution)
+    return Restoration(mode, sites, domain, caution)
+
+
+def automatic(shared: bool, everyone: bool, domain: Domain, *, images: bool) -> str:
+    """The mode that `auto` stands for; docs/restoration.md has the measurements behind the rule."""
+    if not images:
+        return "moments" if shared and everyone else "none"
+    return "relative" if domain.foreign else "statistics"
+
+
+def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str:
+    """What a user must know about a restoration that may make the model worse; empty when nothing is known to."""
+    found = []
+    if mode in ("statistics", "tune") and domain.foreign:
+        found.append(
+            f"The public images are of another kind than the sites' (divergence {domain.divergence:.2f} at the first "
+            f"BatchNorm layer, at most {recalibrate.FOREIGN:g} is usual): restoring on them can make the model worse "
+            "than not restoring; mode: relative is made for such images"
+        )
+    if mode in ("statistics", "tune") and domain.divergence is None:
+        found.append(
+            "No site shares BatchNorm statistics, so nothing tells whether the public images look like the sites': "
+            "if they do not, the model can be worse than an unrestored one"
+        )
+    if mode in ("relative", "repair") and not sites.shared:
+        found.append(
+            "No site shares BatchNorm statistics, so the base's stand for the sites': the model can be worse than an "
+            "unrestored one"
+        )
+    if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions:
+        found.append(f"Only {len(sites.members)} of {contributions} sites share statistics and stand for all")
+    if mode == "none":
+        found.append("There is nothing to restore from, so BatchNorm statistics stay the base's")
+    return ". ".join(found) + "." if found else ""
+
+
+def restore(plan: Plan, folder: Path, public: ImageSet | None, chosen: Restoration, digest: str) -> tuple[str, str]:
+    """Restore the network in the written folder; returns what to say about it and the new content digest."""
+    wanted = plan.recipe.recalibrate
+    # A search may have given the sites other weights since.
+    chosen = replace(chosen, sites=recalibrate.sharing(plan.base, plan.contributions, device=chosen.sites.device))
+    if not plan.base.has_statistics:
+        return "The network has no BatchNorm, so no statistics needed restoring.", digest
+    if wanted is None or chosen.mode == "none":
+        return " ".join(filter(None, ("BatchNorm statistics are the base's.", chosen.caution))), digest
+    if public is None:
+        restored = recalibrate.as_tensors(chosen.sites.home())
+        text = f"The statistics of {len(restored) // 2} BatchNorm layers were combined from the sites' own."
+    else:
+        network = models.load(folder, device=chosen.sites.device)
+        text = _on_images(network, public, wanted, chosen)
+        if not text:
+            problem = f"'{plan.base.folder}' stores running statistics, but none of its layers is a BatchNorm"
+            raise InputError(problem, hint="use recalibrate: {mode: none}")
+        restored = models.stored(network, _wanted_names(chosen.mode))
+    return " ".join(filter(None, (text, chosen.caution))), _write(plan, folder, restored)
+
+
+def _wanted_names(mode: str) -> Callable[[str], bool]:
+    """Which tensors a mode may change, by their live names."""
+    return lambda name: mode == "tune" or name.endswith(("running_mean", "running_var"))
+
+
+def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, chosen: Restoration) -> str:
+    """Restore a network in memory; returns a sentence, empty when the network has no BatchNorm layer."""
+    pictures = _pictures(chosen.sites, public, wanted, network=network)
+    mode = chosen.mode
+    if mode == "tune":
+        # Tuning starts from statistics that fit, so that its few steps need not make up for them.
+        sites = chosen.sites
+        mode = "relative" if chosen.domain.foreign and sites.shared else "statistics"
+    found = measured(mode, network, pictures, chosen.sites)
+    recalibrate.assign(network, found)
+    named = f"{_counted(pictures.count, 'image')} of `{public.fetched.reference.identity}`"
+    layers = len(found)
+    if not layers:
+        return ""
+    text = {
+        "statistics": f"The statistics of {layers} BatchNorm layers were re-estimated on {named}.",
+        "relative": f"The statistics of {layers} BatchNorm layers were carried over from "
+        f"{_whose(chosen.sites)} by what merging changed on {named}.",
+        "repair": f"The statistics of {layers} BatchNorm layers were set so that channels have the mean and spread "
+        f"that they have in the sites' networks, with {_whose(chosen.sites)}, on {named}.",
+    }[mode]
+    return f"{text} {_tuned(network, public, pictures, wanted)}" if chosen.mode == "tune" else text
+
+
+def _whose(sites: Sites) -> str:
+    return "the sites' own statistics" if sites.shared else "the base's statistics"
+
+
+def measured(mode: str, network: models.Network, pictures: Pictures, sites: Sites) -> Mapping[str, Gaussian]:
+    """The statistics by layer that a mode gives a network on pictures."""
+    if mode == "relative":
+        abroad = recalibrate.abroad(sites, pictures)
+        return recalibrate.relative(network, pictures, home=sites.home(), abroad=abroad)
+    if mode == "repair":
+        return recalibrate.repair(network, pictures, goals=recalibrate.goals(sites, pictures))
+    found = recalibrate.observe(network, pictures)
+    return {name: Gaussian(moments.mean, moments.variance) for name, moments in found.items()}
+
+
+def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted: Recalibrate) -> str:
+    rows = _labelled(public, wanted, network.labels)
+    if rows is not None:
+        rows = [rows[index] for index in _chosen(len(public), pictures.count)]
+    tuned = recalibrate.tune(
+        network,
+        pictures,
+        rows,
+        parameters=wanted.tuning.parameters,
+        steps=wanted.tuning.steps,
+        learning_rate=wanted.tuning.learning_rate,
+    )
+    if tuned.undone:
+        undone = (
+            f"Tuning was undone, since it raised the loss on held-out images from {tuned.before:.3g} to "
+            f"{tuned.after:.3g}"
+        )
+        log.warning("warning: %s", undone)
+        return f"{undone}."
+    what = "All weights" if wanted.tuning.parameters == "all" else "The BatchNorm layers' weights"
+    how = "the images' labels" if rows is not None else "the entropy of predictions, which no label checks"
+    return f"{what} were then tuned by {_counted(wanted.tuning.steps, 'step')} on {how}."
+
+
+def _labelled(public: ImageSet, wanted: Recalibrate, labels: tuple[str, ...]) -> list[int] | None:
+    """The row of each image's label, None when tuning goes by entropy. Raises: InputError for missing labels."""
+    if wanted.tuning.loss == "entropy" or (wanted.tuning.loss is None and public.label_column is None):
+        return None
+    return public.label_rows(labels)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _chosen(available: int, count: int) -> list[int]:
+    # Evenly spread, since folders list one class after the other.
+    return [index * available // count for index in range(count)]
+
+
+def _pictures(
+    sites: Sites, public: ImageSet, wanted: Recalibrate, *, network: models.Network | None = None
+) -> Pictures:
+    """The calibration images as every network here takes them, prepared once each; a bar for the fused one's."""
+    count = min(wanted.count, len(public))
+    chosen = _chosen(len(public), count)
+    preprocess = network.preprocess if network else models.preprocess(sites.base)
+    with_bar = progress(range(count), text="recalibrate", total=count, unit="image") if network else iter(())
+
+    def load(indices: Sequence[int]) -> torch.Tensor:
+        return public.tensors(preprocess, [chosen[index] for index in indices])
+
+    def notify(images: int) -> None:
+        for _ in range(images):
+            next(with_bar, None)
+
+    return Pictures(count, load, wanted.batch_size, notify if network else None)
+
+
+def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> str:
+    """Put restored tensors into the written file; returns the new content digest."""
+    stored = tensors.open_folder(folder)
+    restored = {name: value for name, value in restored.items() if plan.base.roles[name].value != "constant"}
+    _refuse_broken(restored, stored)
+    tensors.overwrite(stored.records, restored)
+    before = recalibrate.of_base(plan.base)
+    after = {
+        name: Gaussian(restored[f"{name}.running_mean"].double(), restored[f"{name}.running_var"].double())
+        for name in before
+    }
+    change = recalibrate.median_change(before, after)
+    log.info("BatchNorm means moved by %.2f standard deviations of the base's (median of all channels)", change)
+    return tensors.open_folder(folder).digest
+
+
+def _refuse_broken(restored: Mapping[str, torch.Tensor], stored: tensors.StoredTensors) -> None:
+    """Raise InputError when restored tensors are NaN or infinite, or become so in the type they are stored in."""
+    import torch
+
+    for name, value in sorted(restored.items()):
+        dtype = stored.records[name].dtype
+        if not bool(torch.isfinite(value.to(getattr(torch, tensors.TORCH_NAMES[dtype]))).all()):
+            raise InputError(
+                f"the restored statistics '{name}' are not finite in {dtype}",
+                hint="the fused weights are too large: use a smaller scale, or dtype: float32",
+            )

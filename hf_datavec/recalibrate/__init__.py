@@ -1,0 +1,41 @@
+"""Restoration after a merge: statistics measured on public images or carried over from the sites', and tuning.
+
+A fused network's activations are distributed like those of none of its parents, so the running statistics
+that came with the base no longer fit (arXiv 2211.08403, section 4). `docs/restoration.md` derives the modes.
+"""
+
+from __future__ import annotations
+
+from hf_datavec.recalibrate.change import median_change
+from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
+from hf_datavec.recalibrate.lockstep import Pictures, assign, observe, statistics
+from hf_datavec.recalibrate.pooling import Channels, Gaussian, Moments
+from hf_datavec.recalibrate.relative import abroad, carried_over, relative
+from hf_datavec.recalibrate.repair import goals, repair
+from hf_datavec.recalibrate.sites import Sites, as_tensors, moments, of_base, sharing
+from hf_datavec.recalibrate.tune import tune
+
+__all__ = [
+    "FOREIGN",
+    "Channels",
+    "Domain",
+    "Gaussian",
+    "Moments",
+    "Pictures",
+    "Sites",
+    "abroad",
+    "as_tensors",
+    "assign",
+    "carried_over",
+    "compare",
+    "goals",
+    "median_change",
+    "moments",
+    "observe",
+    "of_base",
+    "relative",
+    "repair",
+    "sharing",
+    "statistics",
+    "tune",
+]

@@ -1,0 +1,123 @@
+"""What the sites share about their BatchNorm statistics, and their networks, rebuilt from their vectors."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_datavec import models, study_base
+from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.recalibrate.pooling import Channels, Gaussian, mixture
+from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
+from hf_datavec.vector import rows_by_label
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_datavec.plan import Contribution
+
+
+def layer_names(base: Checkpoint) -> tuple[str, ...]:
+    """The names of the BatchNorm layers in the base's file."""
+    ending = ".running_mean"
+    return tuple(name.removesuffix(ending) for name in base.named(Role.STATISTIC) if name.endswith(ending))
+
+
+def of_base(base: Checkpoint) -> dict[str, Gaussian]:
+    """The base's own statistics, by layer."""
+    read = base.tensors.read
+    return {
+        name: Gaussian(read(f"{name}.running_mean").double(), read(f"{name}.running_var").double())
+        for name in layer_names(base)
+    }
+
+
+def of_site(base: Checkpoint, site: Contribution) -> dict[str, Gaussian]:
+    """The statistics that a site shares, by layer; those of the base where it shares none."""
+    own = of_base(base)
+    if not site.has_statistics:
+        return own
+    return {
+        name: Gaussian(
+            channels.mean + site.source.read(f"{name}.running_mean").double(),
+            (channels.variance + site.source.read(f"{name}.running_var").double()).clamp(min=0),
+        )
+        for name, channels in own.items()
+    }
+
+
+def moments(base: Checkpoint, sites: Sequence[Contribution]) -> dict[str, Gaussian]:
+    """The statistics of the mixture of the sites' data, by layer: law of total variance, in float64."""
+    return combined([of_site(base, one) for one in sites], [one.weight for one in sites])
+
+
+def combined(parts: Sequence[Mapping[str, Channels]], weights: Sequence[float]) -> dict[str, Gaussian]:
+    """The mixture of several networks' statistics, layer by layer."""
+    return {name: mixture([part[name] for part in parts], weights) for name in parts[0]}
+
+
+def as_tensors(statistics: Mapping[str, Channels]) -> dict[str, torch.Tensor]:
+    """Statistics by layer as tensors by their names in the file."""
+    found: dict[str, torch.Tensor] = {}
+    for name, channels in statistics.items():
+        found |= {f"{name}.running_mean": channels.mean, f"{name}.running_var": channels.variance}
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """The sites that speak for the clinics: those that share statistics, or all of them with the base's."""
+
+    base: Checkpoint
+    members: tuple[Contribution, ...]
+    shared: bool
+    device: torch.device | str = "cpu"
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The sites' weights; alike when a method takes weights that are no shares."""
+        given = tuple(one.weight for one in self.members)
+        return given if min(given) >= 0 and sum(given) > 0 else (1.0,) * len(given)
+
+    def home(self) -> dict[str, Gaussian]:
+        """The statistics of the mixture of their data, by layer."""
+        return combined([of_site(self.base, one) for one in self.members], self.weights)
+
+    def networks(self) -> Iterator[tuple[models.Network, dict[str, Gaussian]]]:
+        """Each site's network in turn, with the statistics that belong to it."""
+        for one in self.members:
+            yield network(self.base, one, device=self.device), of_site(self.base, one)
+
+
+def sharing(base: Checkpoint, sites: Sequence[Contribution], *, device: torch.device | str = "cpu") -> Sites:
+    """The sites that share their statistics; all of them, with the base's statistics, when none does."""
+    members = tuple(one for one in sites if one.has_statistics)
+    return Sites(base, members or tuple(sites), bool(members), device)
+
+
+def network(base: Checkpoint, site: Contribution, *, device: torch.device | str = "cpu") -> models.Network:
+    """A site's network: the base plus its vector, with the statistics it shares or else the base's."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        layout = [
+            Record(name, record.dtype, base.shape_with(name, site.labels), folder, 0)
+            for name, record in base.records.items()
+        ]
+        write_file(folder / MODEL_FILE, layout, _tensors(base, site, layout))
+        study_base.copy_description(base, folder, site.labels)
+        return models.load(folder, device=device)
+
+
+def _tensors(base: Checkpoint, site: Contribution, layout: list[Record]) -> Iterator[tuple[str, torch.Tensor]]:
+    statistics = as_tensors(of_site(base, site))
+    for record in in_file_order(layout):
+        ours, role = base.tensors.read(record.name), base.roles[record.name]
+        if role is Role.STATISTIC:
+            ours = statistics[record.name].to(ours.dtype)
+        elif role is not Role.CONSTANT:
+            start = rows_by_label(ours, base.labels, site.labels) if role is Role.HEAD else ours
+            ours = (start.double() + site.source.read(record.name).double()).to(ours.dtype)
+        yield record.name, ours

@@ -1,0 +1,421 @@
+"""Restoration beyond re-estimation: what is carried over, repaired or tuned, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from networks import make_images, make_network, make_vector, save_with, tune, write_recipe
+from safetensors.torch import load_file
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_datavec import hub, models, recalibrate
+from hf_datavec.checkpoint import open_checkpoint
+from hf_datavec.errors import InputError
+from hf_datavec.images import open_images
+from hf_datavec.pipeline import restore
+from hf_datavec.recalibrate import Domain, Gaussian, Pictures, Sites, lockstep
+from hf_datavec.recalibrate.domain import divergence
+from hf_datavec.recalibrate.relative import carried_over
+from hf_datavec.vector import open_vector
+
+KIND = "test_resnet"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What restoration needs of a contribution."""
+
+    source: object
+    weight: float
+    has_statistics: bool = True
+    labels: tuple[str, ...] = field(default=("cat", "dog", "owl"))
+
+
+@pytest.fixture(scope="session")
+def clinic_template(tmp_path_factory) -> Path:
+    """Two sites whose statistics are those of their own images, and public images of their kind and of another."""
+    folder = tmp_path_factory.mktemp("clinic")
+    base = make_network(KIND, folder / "base")
+    make_images(folder / "same", each=12, seed=9)
+    make_images(folder / "other", each=12, seed=10)
+    for path in sorted((folder / "other").rglob("*.png")):
+        invert(path)
+    for number in (1, 2):
+        tuned = tune(base, folder / f"tuned-{number}", seed=number)
+        images = open_images(hub.parse(str(make_images(folder / f"private-{number}", each=12, seed=number))))
+        network = models.load(tuned)
+        pixels = images.tensors(network.preprocess, range(len(images)))
+        recalibrate.statistics(network, pictures(pixels))
+        found = models.stored(network, lambda name: "running" in name)
+        save_with(tuned, tuned, {**load_file(tuned / "model.safetensors"), **found})
+        make_vector(base, tuned, folder / f"with-{number}", with_statistics=True)
+        make_vector(base, tuned, folder / f"without-{number}")
+    return folder
+
+
+def invert(path: Path) -> None:
+    from PIL import Image, ImageOps
+
+    ImageOps.autocontrast(ImageOps.invert(Image.open(path)).convert("L")).convert("RGB").save(path)
+
+
+def pictures(pixels: torch.Tensor, batch_size: int = 7) -> Pictures:
+    return Pictures(len(pixels), lambda indices: pixels[list(indices)], batch_size)
+
+
+@pytest.fixture(scope="session")
+def sites(clinic_template) -> Sites:
+    members = tuple(Site(open_vector(clinic_template / f"with-{number}"), float(number)) for number in (1, 2))
+    return Sites(open_checkpoint(clinic_template / "base"), members, shared=True)
+
+
+@pytest.fixture(scope="session")
+def pixels(clinic_template) -> torch.Tensor:
+    network = models.load(clinic_template / "base")
+    images = open_images(hub.parse(str(clinic_template / "other")))
+    return images.tensors(network.preprocess, range(20))
+
+
+def fused(sites: Sites) -> models.Network:
+    """The base plus the sum of both vectors; live names differ from those in the file by timm's wrapper."""
+    network = models.load(sites.base.folder)
+    live = network.module.state_dict()
+    with torch.no_grad():
+        for name in sites.base.named("weight", "head"):
+            for one in sites.members:
+                live[f"timm_model.{name}"] += one.source.read(name)
+    return network
+
+
+def one_batch(network: models.Network, pixels: torch.Tensor, *, own: bool) -> dict[str, tuple[torch.Tensor, ...]]:
+    """By hooks on one whole batch in float64: the moments before and after each layer; `own` keeps its statistics."""
+    module = copy.deepcopy(network.module).double()
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm)}
+    found = {}
+
+    def watch(name):
+        def seen(layer, inputs):
+            layer.training = not own
+            value = inputs[0]
+            statistics = (layer.running_mean, layer.running_var) if own else (None, None)
+            after = torch.nn.functional.batch_norm(
+                value, *statistics, layer.weight, layer.bias, training=not own, eps=layer.eps
+            )
+            moments = [f(one, dim=(0, 2, 3)) for one in (value, after) for f in (torch.mean, population)]
+            found[name.removeprefix("timm_model.")] = tuple(one.detach() for one in moments)
+
+        return seen
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        module(pixel_values=pixels.double())
+    return found
+
+
+def population(values: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
+    return values.var(dim=dim, correction=0)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_relative_is_its_formula_channel_by_channel(sites, pixels):
+    network, total = fused(sites), 3.0
+    home = sites.home()
+    found = recalibrate.relative(
+        network, pictures(pixels), home=home, abroad=recalibrate.abroad(sites, pictures(pixels))
+    )
+    of_fused = one_batch(fused(sites), pixels, own=False)
+    of_sites = [one_batch(one, pixels, own=False) for one, _ in sites.networks()]
+    for name, restored in found.items():
+        for channel in range(len(restored.mean)):
+            means = [one[name][0][channel] for one in of_sites]
+            mean = (1 * means[0] + 2 * means[1]) / total
+            variance = sum(
+                w / total * (one[name][1][channel] + (m - mean) ** 2)
+                for w, one, m in zip((1, 2), of_sites, means, strict=True)
+            )
+            mu, v = home[name].mean[channel], home[name].variance[channel]
+            close(restored.mean[channel], mu + (of_fused[name][0][channel] - mean) * (v / variance).sqrt())
+            close(restored.variance[channel], v * of_fused[name][1][channel] / variance)
+
+
+def test_relative_gives_the_sites_own_statistics_when_nothing_was_merged(sites, pixels):
+    alone = Sites(sites.base, sites.members[:1], shared=True)
+    network, own = next(alone.networks())
+    abroad = recalibrate.abroad(alone, pictures(pixels))
+    for name, restored in recalibrate.relative(network, pictures(pixels), home=alone.home(), abroad=abroad).items():
+        close(restored.mean, own[name].mean)
+        close(restored.variance, own[name].variance)
+
+
+def test_relative_is_re_estimation_when_the_pictures_are_the_sites_own(sites, pixels):
+    abroad = recalibrate.abroad(sites, pictures(pixels))
+    expected = recalibrate.observe(fused(sites), pictures(pixels))
+    found = recalibrate.relative(fused(sites), pictures(pixels), home=abroad, abroad=abroad)
+    for name, restored in found.items():
+        close(restored.mean, expected[name].mean)
+        close(restored.variance, expected[name].variance)
+
+
+def test_a_channel_that_is_still_in_either_place_keeps_what_it_had_at_home():
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    still_abroad = carried_over(Gaussian(3 * one, one), Gaussian(one, 2 * one), Gaussian(zero, 1e-9 * one))
+    assert (float(still_abroad.mean), float(still_abroad.variance)) == (1.0, 2.0)
+    still_at_home = carried_over(Gaussian(3 * one, one), Gaussian(one, zero), Gaussian(zero, one))
+    assert (float(still_at_home.mean), float(still_at_home.variance)) == (1.0, 0.0)
+    below_zero = carried_over(Gaussian(one, -1e-12 * one), Gaussian(one, one), Gaussian(one, one))
+    assert float(below_zero.variance) == 0.0
+
+
+def test_repaired_channels_have_the_mean_and_spread_of_the_sites_networks(sites, pixels):
+    network = fused(sites)
+    found = recalibrate.repair(network, pictures(pixels), goals=recalibrate.goals(sites, pictures(pixels)))
+    recalibrate.assign(network, found)
+    of_sites = [one_batch(one, pixels, own=True) for one, _ in sites.networks()]
+    for name, seen in one_batch(network, pixels, own=True).items():
+        close(seen[2], (of_sites[0][name][2] + 2 * of_sites[1][name][2]) / 3)
+        close(seen[3].sqrt(), (of_sites[0][name][3].sqrt() + 2 * of_sites[1][name][3].sqrt()) / 3)
+
+
+def test_repair_leaves_a_channel_alone_that_its_layer_switches_off(sites, pixels):
+    network = fused(sites)
+    name = next(iter(recalibrate.observe(fused(sites), pictures(pixels))))
+    with torch.no_grad():
+        models.statistic_layers(network)[name].weight[0] = 0.0
+    found = recalibrate.repair(network, pictures(pixels), goals=recalibrate.goals(sites, pictures(pixels)))
+    assert all(bool(torch.isfinite(one.mean).all()) for one in found.values())
+    close(found[name].mean[:1], one_batch(network, pixels, own=True)[name][0][:1])
+
+
+@pytest.mark.parametrize("mode", ["relative", "repair"])
+def test_the_batch_size_changes_no_carried_over_statistics(mode, sites, pixels, monkeypatch):
+    reference = restore.measured(mode, fused(sites), pictures(pixels, 20), sites)
+    for batch_size in (1, 6):
+        for name, found in restore.measured(mode, fused(sites), pictures(pixels, batch_size), sites).items():
+            close(found.mean, reference[name].mean)
+            close(found.variance, reference[name].variance)
+    monkeypatch.setattr(lockstep, "JOINT", 8)  # groups are pooled: the first layer sees the pictures themselves
+    grouped = restore.measured(mode, fused(sites), pictures(pixels, 3), sites)
+    close(next(iter(grouped.values())).mean, next(iter(reference.values())).mean)
+
+
+@pytest.mark.parametrize("parameters", ["affine", "all"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_tuning_lowers_its_loss_and_moves_only_what_it_may(parameters, labelled, sites, pixels):
+    networks = [fused(sites), fused(sites)]
+    before = {name: value.clone() for name, value in networks[0].module.state_dict().items()}
+    rows = [1] * len(pixels) if labelled else None
+    options = {"parameters": parameters, "learning_rate": 1e-3}
+    found = [recalibrate.tune(one, pictures(pixels, 20), rows, steps=15, **options) for one in networks]
+    assert found[0] == found[1]
+    assert found[0].after < found[0].before
+    assert not found[0].undone
+    affine = {
+        f"{name}.{part}"
+        for name, layer in networks[0].module.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for part in ("weight", "bias")
+    }
+    moved = {name for name, value in networks[0].module.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved & affine
+    assert not any("running" in name for name in moved)
+    assert (moved <= affine) == (parameters == "affine")
+
+
+def test_a_tuning_that_does_not_help_held_out_images_is_undone(sites, pixels):
+    network = fused(sites)
+    before = {name: value.clone() for name, value in network.module.state_dict().items()}
+    # The held-out fifth has other labels than all that is trained on, so training on these cannot help it.
+    rows = [1 if index % 5 == 4 else 0 for index in range(len(pixels))]
+    found = recalibrate.tune(network, pictures(pixels), rows, parameters="all", steps=30, learning_rate=1e-2)
+    assert found.undone
+    assert found.after > found.before
+    assert all(torch.equal(value, before[name]) for name, value in network.module.state_dict().items())
+
+
+def test_a_diverging_tuning_says_at_which_step(sites, pixels):
+    message = r"recalibrate: tuning diverged at step \d+ of 5 \(learning_rate 1e\+30\)"
+    with pytest.raises(InputError, match=message):
+        recalibrate.tune(fused(sites), pictures(pixels), None, parameters="all", steps=5, learning_rate=1e30)
+
+
+def test_the_divergence_is_the_symmetric_one_of_two_gaussians():
+    one = Gaussian(torch.tensor([0.0, 1.0, 5.0]), torch.tensor([1.0, 4.0, 0.0]))
+    other = Gaussian(torch.tensor([1.0, 1.0, 5.0]), torch.tensor([1.0, 1.0, 0.0]))
+    each = []
+    for m1, v1, m2, v2 in ((0.0, 1.0, 1.0, 1.0), (1.0, 4.0, 1.0, 1.0)):
+        first, second = torch.distributions.Normal(m1, v1**0.5), torch.distributions.Normal(m2, v2**0.5)
+        forth, back = (torch.distributions.kl_divergence(a, b) for a, b in ((first, second), (second, first)))
+        each.append(float(forth + back))
+    # The dead channel is alike in both, so it counts as zero.
+    assert divergence(one, other) == pytest.approx(sorted([*each, 0.0])[1])
+
+
+FOREIGN = "warning: The public images are of another kind than the sites'"
+UNCHECKED = "warning: No site shares BatchNorm statistics"
+
+
+def merged(run, folder: Path, *, vectors: str, **restore_section):
+    recipe = write_recipe(
+        folder / "r.yaml", base=str(folder / "base"), output="./fused", recalibrate=restore_section,
+        vectors=[str(folder / f"{vectors}-{number}") for number in (1, 2)],
+    )  # fmt: skip
+    outcome = run("merge", recipe)
+    assert outcome.code == 0, outcome.err
+    return outcome, (folder / "fused/README.md").read_text(), load_file(folder / "fused/model.safetensors")
+
+
+@pytest.fixture
+def clinic(clinic_template, tmp_path) -> Path:
+    for path in clinic_template.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("with", "same", "auto", "were re-estimated on 36 images of `", ""),
+        ("with", "other", "auto", "were carried over from the sites' own statistics", ""),
+        ("without", "same", "auto", "were re-estimated on 36 images of `", UNCHECKED),
+        ("with", None, "auto", "were combined from the sites' own.", ""),
+        ("without", None, "auto", "BatchNorm statistics are the base's.", "warning: There is nothing to restore from"),
+        ("with", "same", "statistics", "were re-estimated", ""),
+        ("with", "other", "statistics", "were re-estimated", FOREIGN),
+        ("with", "other", "relative", "carried over from the sites' own statistics", ""),
+        ("without", "other", "relative", "carried over from the base's statistics", UNCHECKED),
+        ("with", "other", "repair", "the mean and spread that they have in the sites' networks", ""),
+        ("without", "same", "repair", "with the base's statistics", UNCHECKED),
+        ("with", "other", "tune", "weights were then tuned by 20 steps on the images' labels.", FOREIGN),
+        ("with", "same", "tune", "weights were then tuned by 20 steps on the images' labels.", ""),
+    ],
+)
+def test_log_and_card_say_how_statistics_were_restored_and_what_speaks_against_it(case, clinic, run):
+    vectors, images, mode, sentence, warned = case
+    section = {"mode": mode} | ({"images": str(clinic / images)} if images else {})
+    outcome, card, tensors = merged(run, clinic, vectors=vectors, **section)
+    assert sentence in card
+    assert ("warning:" in outcome.err) == bool(warned)
+    assert warned in outcome.err
+    assert warned.removeprefix("warning: ") in card
+    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    assert all(bool((value >= 0).all()) for name, value in tensors.items() if name.endswith("running_var"))
+
+
+def test_a_warning_comes_before_anything_is_written(clinic, run, monkeypatch):
+    written = []
+    original = restore.log.warning
+    monkeypatch.setattr(
+        restore.log, "warning", lambda *text: (written.append((clinic / ".fused.partial").exists()), original(*text))
+    )
+    merged(run, clinic, vectors="with", mode="statistics", images=str(clinic / "other"))
+    assert written == [False]
+
+
+def test_sites_that_share_stand_for_those_that_do_not(clinic, run):
+    recipe = write_recipe(
+        clinic / "r.yaml", base="./base", output="./fused", vectors=["./with-1", "./without-2"],
+        recalibrate={"mode": "relative", "images": "./other"},
+    )  # fmt: skip
+    outcome = run("merge", recipe)
+    assert outcome.code == 0, outcome.err
+    assert "warning: Only 1 of 2 sites share statistics and stand for all." in outcome.err
+
+
+def test_only_what_a_mode_may_change_is_changed_in_the_file(clinic, run):
+    _, _, plain = merged(run, clinic, vectors="with", mode="none")
+    for mode, tuned in (("relative", False), ("repair", False), ("tune", True)):
+        (clinic / "fused").rename(clinic / f"before-{mode}")
+        _, _, tensors = merged(run, clinic, vectors="with", mode=mode, images=str(clinic / "same"))
+        moved = {name for name, value in tensors.items() if not torch.equal(value, plain[name])}
+        assert {name for name in plain if name.endswith(("running_mean", "running_var"))} <= moved
+        assert any(not name.endswith(("running_mean", "running_var")) for name in moved) == tuned
+
+
+@pytest.mark.parametrize(
+    ("section", "problem", "hint"),
+    [
+        ({"mode": "relative"}, "recalibrate: mode 'relative' needs 'images:'", "mode: moments or none"),
+        ({"mode": "repair"}, "recalibrate: mode 'repair' needs 'images:'", "mode: moments or none"),
+        ({"mode": "tune"}, "recalibrate: mode 'tune' needs 'images:'", "mode: moments or none"),
+        (
+            {"mode": "auto", "tune": {"steps": 3}},
+            "recalibrate.tune: is for mode 'tune' alone, but the mode is 'auto'",
+            "remove it, or use mode: tune",
+        ),
+        (
+            {"mode": "tune", "images": "./same", "tune": {"step": 3}},
+            "recalibrate.tune: unknown key 'step'",
+            "did you mean 'steps'?",
+        ),
+        (
+            {"mode": "tune", "images": "./same", "tune": {"steps": 0}},
+            "recalibrate.tune.steps: expected a number of at least 1, found 0",
+            "",
+        ),
+        (
+            {"mode": "tune", "images": "./flat", "tune": {"loss": "labels"}},
+            "have no labels",
+            "put each class in a folder of its own",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_written(section, problem, hint, clinic, run):
+    flat = clinic / "flat"
+    flat.mkdir()
+    for path in sorted((clinic / "same/cat").iterdir())[:3]:
+        (flat / path.name).write_bytes(path.read_bytes())
+    recipe = write_recipe(clinic / "r.yaml", base="./base", output="./fused", vectors=["./with-1"], recalibrate=section)
+    outcome = run("merge", recipe)
+    assert outcome.code == 2
+    assert problem in outcome.err
+    assert hint in outcome.err
+    assert not (clinic / "fused").exists()
+
+
+def test_images_without_labels_are_tuned_on_by_entropy(clinic, run):
+    flat = clinic / "flat"
+    flat.mkdir()
+    for path in sorted((clinic / "same/cat").iterdir()):
+        (flat / path.name).write_bytes(path.read_bytes())
+    section = {"mode": "tune", "images": str(flat), "tune": {"steps": 2, "parameters": "all"}}
+    _, card, _ = merged(run, clinic, vectors="with", **section)
+    assert "All weights were then tuned by 2 steps on the entropy of predictions, which no label checks." in card
+
+
+def test_a_negative_weight_is_no_share_of_the_sites_data(clinic, run):
+    recipe = write_recipe(
+        clinic / "r.yaml", base="./base", output="./fused", recalibrate={"mode": "relative", "images": "./same"},
+        vectors=[{"vector": "./with-1", "weight": 2}, {"vector": "./with-2", "weight": -1}],
+        merge={"method": "linear", "options": {"normalize": False}},
+    )  # fmt: skip
+    outcome = run("merge", recipe)
+    assert outcome.code == 2
+    assert "'relative' averages, but the weight of 'with-2' is below zero" in outcome.err
+
+
+def test_the_rule_of_auto_is_the_one_in_the_documentation():
+    same, other, unknown = Domain(0.01), Domain(0.5), Domain(None)
+    assert restore.automatic(True, True, same, images=True) == "statistics"
+    assert restore.automatic(True, True, other, images=True) == "relative"
+    assert restore.automatic(False, False, unknown, images=True) == "statistics"
+    assert restore.automatic(True, True, unknown, images=False) == "moments"
+    assert restore.automatic(True, False, unknown, images=False) == "none"
+    assert restore.automatic(False, False, unknown, images=False) == "none"
+
+
+def test_the_lock_keeps_how_tuning_was_set(clinic, run):
+    section = {"mode": "tune", "images": "./same", "tune": {"steps": 3, "loss": "entropy"}}
+    merged(run, clinic, vectors="with", **{**section, "images": str(clinic / "same")})
+    locks = [*clinic.glob("*.lock.yaml"), *(clinic / "fused").glob("*.lock.yaml")]
+    assert locks
+    assert all("steps: 3" in path.read_text() and "loss: entropy" in path.read_text() for path in locks)
+    assert json.loads((clinic / "fused/config.json").read_text())
