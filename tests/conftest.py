@@ -16,6 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Tests call the library inside one process that may have multiplied before: see pipeline/device.py.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Several processes share the cores; threads that spin while they wait would only hold each other up.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,11 @@ TIMM = ("test_resnet", "test_efficientnet")
 TRANSFORMERS = ("resnet", "vit", "convnext", "mobilenet_v2")
 NETWORKS = (*TIMM, *TRANSFORMERS)
 WITH_BATCH_NORM = (*TIMM, "resnet", "mobilenet_v2")
+
+
+def digest(file: Path | bytes) -> str:
+    """What tells one content from another, short enough for a failed comparison to be read."""
+    return hashlib.sha256(file if isinstance(file, bytes) else Path(file).read_bytes()).hexdigest()
 
 
 def make_network(kind: str, folder: Path, *, labels: tuple[str, ...] = LABELS, seed: int = 0) -> Path:
