@@ -900,7 +900,8 @@ def test_an_unreadable_test_image_is_named(breaks, reason, refused, study):
 def test_an_unreadable_calibration_image_is_named(breaks, reason, refused, study):
     breaks(study)
     recipe = write_recipe(study / "recipe.yaml", **GOOD, recalibrate={"images": "./images", "batch_size": 4})
-    message = refused("merge", recipe).replace(reason, "REASON")
+    warning, message = refused("merge", recipe).replace(reason, "REASON").split("\n", 1)
+    assert warning.startswith("warning: No site shares BatchNorm statistics")
     assert message == said("""
         error: cannot read the image 'TMP/images/dog/001.png': REASON
           hint: repair or remove the file and run again
