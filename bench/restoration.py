@@ -311,7 +311,9 @@ def noised(bench: Bench, cells: Cells) -> None:
         for one in bench.sites.members:
             tuned = open_tuned(bench.folder / "tuned" / one.name, bench.base)
             exact = TunedDifferences(bench.base, tuned)
-            noisy, record = noise.noised(exact, epsilon=epsilon, images=one.examples, batch_size=32)
+            noisy, record = noise.noised(
+                exact, epsilon=epsilon, images=one.examples, batch_size=32, momentum=models.largest_momentum(network)
+            )
             parts.append(
                 {
                     name: recalibrate.Gaussian(

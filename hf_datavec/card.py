@@ -122,8 +122,9 @@ def _statistics_text(manifest: Manifest) -> str:
     return (
         f"{text} They carry Gaussian noise (sigma {noise.sigma:.3g} of the base's standard deviations), for epsilon "
         f"{noise.epsilon:g} and delta {noise.delta:g} against the change of one image, **given the weights**, which "
-        "carry none, and **assuming** that the root mean square of one image's contributions is at most "
-        f"{noise.bound:g}."
+        "carry none, and **assuming** that one image moves the averages by its own contributions alone, whose root "
+        f"mean square is at most {noise.bound:g}; nothing in training enforces that. The vector as a whole has no such "
+        "guarantee."
     )
 
 

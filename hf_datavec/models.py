@@ -109,6 +109,12 @@ def normalization_layers(module: Any) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
 
 
+def largest_momentum(network: Network) -> float:
+    """The largest share of its running statistics that any BatchNorm layer replaces in a training step."""
+    # None stands for the plain average of all batches, of which the first replaces everything.
+    return max((float(layer.momentum or 1.0) for layer in normalization_layers(network.module)), default=1.0)
+
+
 def stored(network: Network, names: Callable[[str], bool]) -> dict[str, torch.Tensor]:
     """The tensors in memory whose live names are wanted, under the names that the model's file uses.
 

@@ -16,7 +16,7 @@ from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import open_images
 from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment, StatisticsNoise
-from hf_datavec.models import load
+from hf_datavec.models import largest_momentum, load
 from hf_datavec.pipeline import device as devices
 from hf_datavec.progress import progress
 from hf_datavec.second_moments import Kind
@@ -174,7 +174,9 @@ def _noised(
             "--noise needs the number of training images and the batch size",
             hint="they are in the training.json that `hf-datavec finetune` writes",
         )
-    return noising.noised(exact, epsilon=epsilon, images=images, batch_size=batch_size)
+    # The base says how its layers average; some replace nearly all of it in each step.
+    momentum = largest_momentum(load(exact.base.folder))
+    return noising.noised(exact, epsilon=epsilon, images=images, batch_size=batch_size, momentum=momentum)
 
 
 def push(folder: str, to: str, *, private: bool = True, revision: str | None = None, create_pr: bool = False) -> str:
