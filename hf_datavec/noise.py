@@ -136,4 +136,6 @@ def gaussian(count: int) -> torch.Tensor:
 
     numbers = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64) if count else torch.zeros(0)
     # 52 of the 64 bits: the middles of 2**52 equal parts of the interval from 0 to 1, never its ends.
-    return torch.special.ndtri(((numbers.long() & (2**52 - 1)).double() + 0.5) * 2.0**-52)
+    middles = ((numbers.long() & (2**52 - 1)).double() + 0.5) * 2.0**-52
+    drawn: torch.Tensor = torch.special.ndtri(middles)
+    return drawn

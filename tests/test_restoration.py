@@ -260,6 +260,7 @@ def test_the_divergence_is_the_symmetric_one_of_two_gaussians():
 
 
 FOREIGN = "warning: The public images are of another kind than the sites'"
+APART = "warning: The sites' statistics belong to the sites' weights, not to the fused ones"
 UNCHECKED = "warning: No site shares BatchNorm statistics"
 
 
@@ -286,13 +287,15 @@ def clinic(clinic_template, tmp_path) -> Path:
         ("with", "same", "auto", "were re-estimated on 36 images of `", ""),
         ("with", "other", "auto", "were carried over from the sites' own statistics", ""),
         ("without", "same", "auto", "were re-estimated on 36 images of `", UNCHECKED),
-        ("with", None, "auto", "were combined from the sites' own.", ""),
+        ("with", None, "auto", "were combined from the sites' own.", APART),
+        ("with", None, "moments", "were combined from the sites' own.", APART),
         ("without", None, "auto", "BatchNorm statistics are the base's.", "warning: There is nothing to restore from"),
         ("with", "same", "statistics", "were re-estimated", ""),
         ("with", "other", "statistics", "were re-estimated", FOREIGN),
         ("with", "other", "relative", "carried over from the sites' own statistics", ""),
         ("without", "other", "relative", "carried over from the base's statistics", UNCHECKED),
-        ("with", "other", "repair", "the mean and spread that they have in the sites' networks", ""),
+        ("with", "other", "repair", "the mean and spread that they have in the sites' networks", FOREIGN),
+        ("with", "same", "repair", "the mean and spread that they have in the sites' networks", ""),
         ("without", "same", "repair", "with the base's statistics", UNCHECKED),
         ("with", "other", "tune", "weights were then tuned by 20 steps on the images' labels.", FOREIGN),
         ("with", "same", "tune", "weights were then tuned by 20 steps on the images' labels.", ""),
@@ -318,6 +321,49 @@ def test_a_warning_comes_before_anything_is_written(clinic, run, monkeypatch):
     )
     merged(run, clinic, vectors="with", mode="statistics", images=str(clinic / "other"))
     assert written == [False]
+
+
+def test_a_few_images_are_said_to_be_too_few_whatever_the_recipe_asks_for(clinic, run):
+    few = clinic / "few"
+    (few / "cat").mkdir(parents=True)
+    (few / "cat/one.png").write_bytes((clinic / "same/cat/000.png").read_bytes())
+    outcome, card, _ = merged(run, clinic, vectors="with", mode="relative", images=str(few))
+    for text in (outcome.err, card):
+        assert "Statistics of 1 image are mostly chance; some hundreds are usual." in text
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"), [("same", "of the sites' kind"), ("other", "of another kind than the sites'")]
+)
+def test_the_guard_tells_what_it_found_in_every_mode(images, kind, clinic, run):
+    for mode in ("auto", "relative"):
+        outcome, _, _ = merged(run, clinic, vectors="with", mode=mode, images=str(clinic / images))
+        assert f"recalibrate: the public images are {kind} (divergence " in outcome.err
+        (clinic / "fused").rename(clinic / f"fused-{mode}")
+
+
+def test_a_divergence_that_is_no_number_is_no_likeness():
+    assert Domain(float("nan")).foreign
+    assert Domain(0.2).foreign
+    assert not Domain(0.1).foreign
+    assert not Domain(None).foreign
+
+
+def test_a_site_whose_variance_is_below_zero_is_named(clinic, run):
+    tensors = load_file(clinic / "tuned-1/model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("running_var"))
+    tensors[name][0] = -0.5
+    make_vector(
+        clinic / "base", save_with(clinic / "base", clinic / "bad", tensors), clinic / "v", with_statistics=True
+    )
+    recipe = write_recipe(
+        clinic / "r.yaml", base="./base", output="./fused", vectors=["./v", "./with-2"], recalibrate={"mode": "moments"}
+    )
+    outcome = run("merge", recipe)
+    assert outcome.code == 2
+    assert "error: 'v' shares a variance of -0.5 for" in outcome.err
+    assert "hint: the site's statistics are damaged" in outcome.err
+    assert not any(path.name.startswith((".fused", "fused")) for path in clinic.iterdir())
 
 
 def test_sites_that_share_stand_for_those_that_do_not(clinic, run):
@@ -366,13 +412,19 @@ def test_only_what_a_mode_may_change_is_changed_in_the_file(clinic, run):
             "have no labels",
             "put each class in a folder of its own",
         ),
+        (
+            {"mode": "tune", "images": "./strange"},
+            "have labels that the model lacks: 'wolf'",
+            "or use tune: {loss: entropy}, which looks at no label",
+        ),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_written(section, problem, hint, clinic, run):
-    flat = clinic / "flat"
-    flat.mkdir()
-    for path in sorted((clinic / "same/cat").iterdir())[:3]:
-        (flat / path.name).write_bytes(path.read_bytes())
+    flat, strange = clinic / "flat", clinic / "strange/wolf"
+    for folder in (flat, strange):
+        folder.mkdir(parents=True)
+        for path in sorted((clinic / "same/cat").iterdir())[:3]:
+            (folder / path.name).write_bytes(path.read_bytes())
     recipe = write_recipe(clinic / "r.yaml", base="./base", output="./fused", vectors=["./with-1"], recalibrate=section)
     outcome = run("merge", recipe)
     assert outcome.code == 2
@@ -389,6 +441,40 @@ def test_images_without_labels_are_tuned_on_by_entropy(clinic, run):
     section = {"mode": "tune", "images": str(flat), "tune": {"steps": 2, "parameters": "all"}}
     _, card, _ = merged(run, clinic, vectors="with", **section)
     assert "All weights were then tuned by 2 steps on the entropy of predictions, which no label checks." in card
+
+
+@pytest.mark.parametrize("mode", ["relative", "repair"])
+def test_a_search_shows_the_images_to_each_sites_network_once(mode, clinic, run, monkeypatch):
+    built = []
+    original = Sites.networks
+    monkeypatch.setattr(Sites, "networks", lambda self: (built.append(1) or one for one in original(self)))
+    found = []
+    for scale in ({"search": [0.5, 1.0, 0.25], "images": str(clinic / "same")}, None):
+        best = json.loads((clinic / "fused/search.json").read_text())["found"] if scale is None else scale
+        recipe = write_recipe(
+            clinic / "r.yaml", base="./base", output="./fused", vectors=["./with-1", "./with-2"],
+            recalibrate={"mode": mode, "images": "./same"}, merge={"scale": best},
+        )  # fmt: skip
+        if scale is None:
+            (clinic / "fused").rename(clinic / "searched")
+        outcome = run("merge", recipe)
+        assert outcome.code == 0, outcome.err
+        found.append(load_file(clinic / "fused/model.safetensors"))
+        # Twice: for the guard, and for the restoration, however many scales are tried.
+        assert len(built) == 4
+        built.clear()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+def test_a_plan_says_on_what_statistics_are_restored(clinic, run):
+    recipe = {"base": "./base", "output": "./fused", "vectors": ["./with-1", "./without-2"]}
+    write_recipe(clinic / "r.yaml", **recipe, recalibrate={"mode": "auto", "images": "./other"})
+    assert "auto on ./other; 1 of 2 sites share statistics" in run("plan", "r.yaml").out
+    told = json.loads(run("plan", "r.yaml", "--json").out)["recalibrate"]
+    assert told == {"mode": "auto", "images": "./other", "statistics_of": ["with-1"]}
+    write_recipe(clinic / "r.yaml", **recipe, recalibrate={"mode": "none", "images": "./other"})
+    told = json.loads(run("plan", "r.yaml", "--json").out)["recalibrate"]
+    assert told == {"mode": "none", "images": None, "statistics_of": []}
 
 
 def test_a_negative_weight_is_no_share_of_the_sites_data(clinic, run):

@@ -52,12 +52,34 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "write_bytes": plan.write_bytes,
         "peak_bytes": plan.peak_bytes,
         "survey_passes": plan.survey_passes,
+        "recalibrate": _restoration(plan),
         "notes": plan.notes,
     }
 
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _restoration(plan: Plan) -> dict[str, Any]:
+    """How statistics are restored, as far as headers tell: the mode, on which images, with which sites' statistics."""
+    wanted = plan.recipe.recalibrate
+    if wanted is None or not plan.base.has_statistics:
+        return {"mode": "none", "images": None, "statistics_of": []}
+    shared = [one.name for one in plan.contributions if one.has_statistics]
+    return {
+        "mode": wanted.mode,
+        "images": wanted.images if wanted.looks_at_images else None,
+        "statistics_of": shared if wanted.mode != "none" else [],
+    }
+
+
+def _restoration_line(plan: Plan) -> str:
+    found = _restoration(plan)
+    if found["mode"] == "none":
+        return "none"
+    on = f" on {found['images']}" if found["images"] else ""
+    return f"{found['mode']}{on}; {len(found['statistics_of'])} of {len(plan.contributions)} sites share statistics"
 
 
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -83,10 +105,9 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     if plan.surveys:
         passes = "once" if plan.survey_passes == 1 else "twice"
         lines.append(("survey", f"whole vectors are read {passes} before the merge"))
-    restore = plan.recipe.recalibrate.mode if plan.recipe.recalibrate and plan.base.has_statistics else "none"
     lines += [
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
-        ("recalibrate", restore),
+        ("recalibrate", _restoration_line(plan)),
     ]
     if plan.download_bytes:
         lines.append(("downloads", size(plan.download_bytes)))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_datavec import models, recalibrate, tensors
 from hf_datavec.errors import InputError
 from hf_datavec.images import ImageSet
-from hf_datavec.plan import Plan
+from hf_datavec.plan import FEW_IMAGES, Plan
 from hf_datavec.progress import progress
 from hf_datavec.recalibrate import Domain, Gaussian, Pictures, Sites
 from hf_datavec.recipe import Recalibrate
@@ -30,6 +30,8 @@ class Restoration:
     sites: Sites
     domain: Domain
     caution: str = ""
+    # What the sites' networks show on the public images, which every setting of a search needs and none changes.
+    kept: list[Any] = field(default_factory=list)
 
 
 def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restoration:
@@ -47,15 +49,26 @@ def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restora
     mode = (
         automatic(sites.shared, everyone, domain, images=public is not None) if wanted.mode == "auto" else wanted.mode
     )
-    caution = cautions(mode, sites, len(plan.contributions), domain)
+    found = [cautions(mode, sites, len(plan.contributions), domain)]
+    if public is not None and (count := min(wanted.count, len(public))) < FEW_IMAGES:
+        found.append(f"Statistics of {_counted(count, 'image')} are mostly chance; some hundreds are usual.")
     if blind:
-        unchecked = "Tuning on entropy is checked by no label and can make the model worse."
-        caution = f"{caution} {unchecked}".strip()
+        found.append("Tuning on entropy is checked by no label and can make the model worse.")
+    caution = " ".join(filter(None, found))
+    if domain.divergence is not None:
+        log.info("recalibrate: the public images are %s", _kind(domain))
     if wanted.mode == "auto":
         log.info("recalibrate: auto chooses '%s'", mode)
     if caution:
         log.warning("warning: %s", caution)
     return Restoration(mode, sites, domain, caution)
+
+
+def _kind(domain: Domain) -> str:
+    """What the guard found, in words."""
+    kind = "of another kind than the sites'" if domain.foreign else "of the sites' kind"
+    usual = f"at most {recalibrate.FOREIGN:g} is usual"
+    return f"{kind} (divergence {domain.divergence:.2g} at the first BatchNorm layer, {usual})"
 
 
 def automatic(shared: bool, everyone: bool, domain: Domain, *, images: bool) -> str:
@@ -68,11 +81,10 @@ def automatic(shared: bool, everyone: bool, domain: Domain, *, images: bool) -> 
 def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str:
     """What a user must know about a restoration that may make the model worse; empty when nothing is known to."""
     found = []
-    if mode in ("statistics", "tune") and domain.foreign:
+    if mode in ("statistics", "repair", "tune") and domain.foreign:
         found.append(
-            f"The public images are of another kind than the sites' (divergence {domain.divergence:.2f} at the first "
-            f"BatchNorm layer, at most {recalibrate.FOREIGN:g} is usual): restoring on them can make the model worse "
-            "than not restoring; mode: relative is made for such images"
+            f"The public images are {_kind(domain)}: restoring on them can make the model worse than not restoring; "
+            "mode: relative is made for such images"
         )
     if mode in ("statistics", "tune") and domain.divergence is None:
         found.append(
@@ -86,6 +98,11 @@ def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str
         )
     if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions:
         found.append(f"Only {len(sites.members)} of {contributions} sites share statistics and stand for all")
+    if mode == "moments":
+        found.append(
+            "The sites' statistics belong to the sites' weights, not to the fused ones: the model can be worse than an "
+            "unrestored one; mode: relative on public images of any kind makes up for that"
+        )
     if mode == "none":
         found.append("There is nothing to restore from, so BatchNorm statistics stay the base's")
     return ". ".join(found) + "." if found else ""
@@ -126,7 +143,7 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
         # Tuning starts from statistics that fit, so that its few steps need not make up for them.
         sites = chosen.sites
         mode = "relative" if chosen.domain.foreign and sites.shared else "statistics"
-    found = measured(mode, network, pictures, chosen.sites)
+    found = measured(mode, network, pictures, chosen.sites, kept=chosen.kept)
     recalibrate.assign(network, found)
     named = f"{_counted(pictures.count, 'image')} of `{public.fetched.reference.identity}`"
     layers = len(found)
@@ -146,13 +163,15 @@ def _whose(sites: Sites) -> str:
     return "the sites' own statistics" if sites.shared else "the base's statistics"
 
 
-def measured(mode: str, network: models.Network, pictures: Pictures, sites: Sites) -> Mapping[str, Gaussian]:
+def measured(
+    mode: str, network: models.Network, pictures: Pictures, sites: Sites, *, kept: list[Any] | None = None
+) -> Mapping[str, Gaussian]:
     """The statistics by layer that a mode gives a network on pictures."""
     if mode == "relative":
-        abroad = recalibrate.abroad(sites, pictures)
+        abroad = recalibrate.abroad(sites, pictures, kept=kept)
         return recalibrate.relative(network, pictures, home=sites.home(), abroad=abroad)
     if mode == "repair":
-        return recalibrate.repair(network, pictures, goals=recalibrate.goals(sites, pictures))
+        return recalibrate.repair(network, pictures, goals=recalibrate.goals(sites, pictures, kept=kept))
     found = recalibrate.observe(network, pictures)
     return {name: Gaussian(moments.mean, moments.variance) for name, moments in found.items()}
 
@@ -185,7 +204,11 @@ def _labelled(public: ImageSet, wanted: Recalibrate, labels: tuple[str, ...]) ->
     """The row of each image's label, None when tuning goes by entropy. Raises: InputError for missing labels."""
     if wanted.tuning.loss == "entropy" or (wanted.tuning.loss is None and public.label_column is None):
         return None
-    return public.label_rows(labels)
+    try:
+        return public.label_rows(labels)
+    except InputError as error:
+        hint = f"{error.hint}; or use tune: {{loss: entropy}}, which looks at no label"
+        raise InputError(error.problem, hint=hint) from None
 
 
 def _counted(number: int, thing: str) -> str:

@@ -30,7 +30,8 @@ class Domain:
 
     @property
     def foreign(self) -> bool:
-        return self.divergence is not None and self.divergence > FOREIGN
+        # Not `>`: statistics that overflow give no number, and are no sign of a likeness.
+        return self.divergence is not None and not self.divergence <= FOREIGN
 
 
 class _SeenError(Exception):

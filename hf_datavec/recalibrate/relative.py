@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hf_datavec.models import Network
 from hf_datavec.recalibrate.lockstep import Pictures, observe
@@ -14,9 +15,12 @@ from hf_datavec.recalibrate.sites import Sites, combined
 STILL = 1e-5
 
 
-def abroad(sites: Sites, pictures: Pictures) -> dict[str, Gaussian]:
-    """The mixture of the sites' networks' statistics on public pictures, each normalised by its own batch."""
-    return combined([observe(network, pictures) for network, _ in sites.networks()], sites.weights)
+def abroad(sites: Sites, pictures: Pictures, *, kept: list[Any] | None = None) -> dict[str, Gaussian]:
+    """The mixture of the sites' networks' statistics on public pictures, each normalised by its own batch.
+
+    A list given as `kept` spares another call, with other weights, the passes over the pictures.
+    """
+    return combined(sites.shown(lambda network, _: observe(network, pictures), kept), sites.weights)
 
 
 def relative(
@@ -33,8 +37,8 @@ def relative(
 def carried_over(fused: Channels, home: Channels, abroad: Channels) -> Gaussian:
     """`mu = mu_home + (mu_fused - mu_abroad) sqrt(v_home / v_abroad)`, `v = v_home v_fused / v_abroad`.
 
-    Exact when the pictures are the sites' own, when nothing was merged, and whenever each channel's two domains
-    differ by an affine map that all networks share. A channel that is still in either place keeps the home's.
+    Exact when every site's images are like the pictures, when nothing was merged, and whenever each channel's two
+    domains differ by an increasing affine map that all networks share. A still channel keeps the home's.
     """
     import torch
 

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 OFF = 1e-6
 
 
-def goals(sites: Sites, pictures: Pictures) -> dict[str, Gaussian]:
+def goals(sites: Sites, pictures: Pictures, *, kept: list[Any] | None = None) -> dict[str, Gaussian]:
     """The weighted means of the sites' networks' means and standard deviations after each BatchNorm layer.
 
-    Every network runs with its own statistics. The deviation is stored squared. Source: arXiv 2211.08403, eq. 2.
+    Every network runs with its own statistics. The deviation is stored squared. `kept` is as in `relative.abroad`.
+
+    Source: arXiv 2211.08403, eq. 2.
     """
-    seen = [_outputs(network, own, pictures) for network, own in sites.networks()]
+    seen = sites.shown(lambda network, own: _outputs(network, own, pictures), kept)
     shares = [weight / sum(sites.weights) for weight in sites.weights]
     found = {}
     for name, first in seen[0].items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_datavec import models, study_base
 from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.errors import InputError
 from hf_datavec.recalibrate.pooling import Channels, Gaussian, mixture
 from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
 from hf_datavec.vector import rows_by_label
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from hf_datavec.plan import Contribution
+
+
+T = TypeVar("T")
+# A variance near zero, stored as its difference from the base's in float32, can come back below zero by so much.
+ROUNDING = 1e-6
 
 
 def layer_names(base: Checkpoint) -> tuple[str, ...]:
@@ -36,17 +42,25 @@ def of_base(base: Checkpoint) -> dict[str, Gaussian]:
 
 
 def of_site(base: Checkpoint, site: Contribution) -> dict[str, Gaussian]:
-    """The statistics that a site shares, by layer; those of the base where it shares none."""
+    """The statistics that a site shares, by layer; those of the base where it shares none.
+
+    Raises: InputError for a variance that is below zero by more than rounding.
+    """
     own = of_base(base)
     if not site.has_statistics:
         return own
-    return {
-        name: Gaussian(
-            channels.mean + site.source.read(f"{name}.running_mean").double(),
-            (channels.variance + site.source.read(f"{name}.running_var").double()).clamp(min=0),
-        )
-        for name, channels in own.items()
-    }
+    found = {}
+    for name, channels in own.items():
+        mean = channels.mean + site.source.read(f"{name}.running_mean").double()
+        variance = channels.variance + site.source.read(f"{name}.running_var").double()
+        lowest = float(variance.min()) if variance.numel() else 0.0
+        if lowest < -ROUNDING * max(1.0, float(channels.variance.abs().max())):
+            raise InputError(
+                f"'{site.name}' shares a variance of {lowest:.3g} for '{name}', and none can be below zero",
+                hint="the site's statistics are damaged: make the vector anew, or without --with-statistics",
+            )
+        found[name] = Gaussian(mean, variance.clamp(min=0))
+    return found
 
 
 def moments(base: Checkpoint, sites: Sequence[Contribution]) -> dict[str, Gaussian]:
@@ -90,6 +104,13 @@ class Sites:
         """Each site's network in turn, with the statistics that belong to it."""
         for one in self.members:
             yield network(self.base, one, device=self.device), of_site(self.base, one)
+
+    def shown(self, look: Callable[[models.Network, Mapping[str, Gaussian]], T], kept: list[T] | None) -> list[T]:
+        """What `look` finds at each site's network; what is `kept` is not looked for again."""
+        kept = [] if kept is None else kept
+        if not kept:
+            kept += [look(network, own) for network, own in self.networks()]
+        return kept
 
 
 def sharing(base: Checkpoint, sites: Sequence[Contribution], *, device: torch.device | str = "cpu") -> Sites:

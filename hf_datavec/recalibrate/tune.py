@@ -51,7 +51,10 @@ def tune(
     checked = [index for index in everything if index % HELD_OUT == HELD_OUT - 1] if rows is not None else everything
     used = [index for index in everything if index not in checked] if rows is not None else everything
     if not checked:
-        raise InputError(f"tuning on labels needs at least {HELD_OUT} images, got {pictures.count}")
+        raise InputError(
+            f"tuning on labels needs at least {HELD_OUT} images, got {pictures.count}",
+            hint="name a folder with some hundreds, and raise recalibrate.count",
+        )
     before = _whole_loss(network, pictures, rows, checked)
     start = [parameter.detach().clone() for parameter in trained]
     _train(network, pictures, rows, used, _Training(trained, steps, learning_rate))
