@@ -234,6 +234,8 @@ def _average_errors(plan: Plan) -> Iterator[InputError]:
         negative = [one.name for one in plan.contributions if one.weight < 0]
         if negative:
             hint = "use weights of at least 0; method: linear with options: {normalize: false} takes negative ones"
+            if restore and name == restore.mode:
+                hint = "use weights of at least 0, or recalibrate: {mode: statistics}"
             yield InputError(f"'{name}' averages, but the weight of {listed(negative)} is below zero", hint=hint)
             continue
         lost = [

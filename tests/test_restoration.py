@@ -486,6 +486,7 @@ def test_a_negative_weight_is_no_share_of_the_sites_data(clinic, run):
     outcome = run("merge", recipe)
     assert outcome.code == 2
     assert "'relative' averages, but the weight of 'with-2' is below zero" in outcome.err
+    assert "or recalibrate: {mode: statistics}" in outcome.err
 
 
 def test_the_rule_of_auto_is_the_one_in_the_documentation():

@@ -55,7 +55,7 @@ def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restora
     if blind:
         found.append("Tuning on entropy is checked by no label and can make the model worse.")
     caution = " ".join(filter(None, found))
-    if domain.divergence is not None:
+    if domain.divergence is not None and _kind(domain) not in caution:
         log.info("recalibrate: the public images are %s", _kind(domain))
     if wanted.mode == "auto":
         log.info("recalibrate: auto chooses '%s'", mode)
