@@ -54,6 +54,8 @@ def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restora
         found.append(f"Statistics of {_counted(count, 'image')} are mostly chance; some hundreds are usual.")
     if blind:
         found.append("Tuning on entropy is checked by no label and can make the model worse.")
+    elif mode == "tune":
+        found.append("Tuning learns the public images' mix of classes: where the clinics' differs, it can do harm.")
     caution = " ".join(filter(None, found))
     if domain.divergence is not None and _kind(domain) not in caution:
         log.info("recalibrate: the public images are %s", _kind(domain))
@@ -188,11 +190,8 @@ def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted
         steps=wanted.tuning.steps,
         learning_rate=wanted.tuning.learning_rate,
     )
-    if tuned.undone:
-        undone = (
-            f"Tuning was undone, since it raised the loss on held-out images from {tuned.before:.3g} to "
-            f"{tuned.after:.3g}"
-        )
+    if tuned.why_undone:
+        undone = f"Tuning was undone, since {tuned.why_undone}"
         log.warning("warning: %s", undone)
         return f"{undone}."
     what = "All weights" if wanted.tuning.parameters == "all" else "The BatchNorm layers' weights"
