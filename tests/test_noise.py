@@ -85,7 +85,7 @@ def test_a_network_that_forgets_faster_gets_more_noise(tmp_path, run):
 
 def test_noise_is_recorded_told_and_never_drawn_twice(trained, run):
     for number in (1, 2):
-        options = ("--with-statistics", "--noise", "10000", "-o", f"v{number}")
+        options = ("--with-statistics", "--noise", "1e9", "-o", f"v{number}")
         assert run("diff", "base", "tuned", *options).code == 0
     assert run("diff", "base", "tuned", "--with-statistics", "-o", "exact").code == 0
     first, second, exact = (statistics(trained / name) for name in ("v1", "v2", "exact"))
@@ -93,10 +93,10 @@ def test_noise_is_recorded_told_and_never_drawn_twice(trained, run):
     assert not any(torch.equal(first[name], second[name]) for name in first)
     record = manifest.read(trained / "v1").noise
     assert record is not None
-    assert record.epsilon == 10000
+    assert record.epsilon == 1e9
     assert manifest.read(trained / "exact").noise is None
     card = (trained / "v1/README.md").read_text()
-    assert "for epsilon 10000 and delta 1e-05 against the change of one image, **given the weights**" in card
+    assert "for epsilon 1e+09 and delta 1e-05 against the change of one image, **given the weights**" in card
     assert "The vector as a whole has no such guarantee." in card
     assert "Gaussian noise" not in (trained / "exact/README.md").read_text()
 
