@@ -22,6 +22,8 @@ from hf_datavec.tuned import Tuned
 if TYPE_CHECKING:
     import torch
 
+    Parts = Callable[[slice], torch.Tensor]
+
 # Vectors travel in float32 whatever the base's type: differences of half-precision weights need the bits.
 VECTOR_DTYPE = "F32"
 
@@ -42,6 +44,10 @@ class TaskVector:
     def read(self, name: str) -> torch.Tensor:
         """The float32 difference; head tensors have one row per label of `labels`."""
         return self.tensors.read(name)
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened difference."""
+        return self.read(name).reshape(-1).__getitem__
 
     def verify(self) -> None:
         """Compare the stored bytes with the manifest. Raises: InputError when they differ."""
@@ -74,12 +80,19 @@ class TunedDifferences:
         ours, theirs = self.base.tensors.read(name), self.tuned.read(name)
         if self.base.roles[name] is Role.HEAD and self.base.labels != self.labels:
             ours = rows_by_label(ours, self.base.labels, self.labels)
-        if self.base.records[name].dtype == "F64":
-            difference = (theirs.double() - ours.double()).float()
-        else:
-            difference = theirs.float() - ours.float()
+        difference = self._between(name, ours, theirs)
         refuse_nonfinite(difference, name, self.tuned.text)
         return difference
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened difference, infinite and NaN ones too; of no head."""
+        ours, theirs = self.base.tensors.read(name).reshape(-1), self.tuned.read(name).reshape(-1)
+        return lambda where: self._between(name, ours[where], theirs[where])
+
+    def _between(self, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if self.base.records[name].dtype == "F64":
+            return (theirs.double() - ours.double()).float()
+        return theirs.float() - ours.float()
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,10 @@ class Combination:
     def read(self, name: str) -> torch.Tensor:
         """The unscaled combination."""
         return self.tensors.read(name)
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened combination."""
+        return self.read(name).reshape(-1).__getitem__
 
 
 def rows_by_label(tensor: torch.Tensor, have: tuple[str, ...], want: tuple[str, ...]) -> torch.Tensor:
