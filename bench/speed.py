@@ -5,7 +5,8 @@
 
 Networks are made once below `--work` (base, fine-tunes, vectors) and kept. Every program starts as a process of its
 own; a round runs each of them once on the same files, so that what slows one down slows the others down as well. Times
-are shown as minimum, median and maximum over the rounds, ratios are those within a round. Memory is the peak of
+are shown as median, minimum and maximum over the rounds, ratios are those within a round. Seconds of all processors say
+more than those that pass where other programs run as well. Memory is the peak of
 what is not file pages (RssAnon), looked at every 10 ms. `floor` reads all inputs and writes a file as large as the
 output through a small buffer, `torch` only imports torch.
 """
@@ -93,9 +94,10 @@ MERGEKIT = {"mean": "linear", "ties": "ties", "dare_ties": "dare_ties"}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Seconds and the peak of anonymous memory, in bytes, of one process."""
+    """Seconds that passed, seconds of all processors, and the peak of anonymous memory, in bytes, of one process."""
 
     seconds: float
+    processor: float
     memory: float
 
 
@@ -261,14 +263,15 @@ def timed(command: list[str], folder: Path) -> Run:
         peak = [0.0]
         watcher = threading.Thread(target=watch, args=(process.pid, peak))
         watcher.start()
-        status = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - begun
+        process.returncode = status
         watcher.join()
         if status:
             told.seek(0)
             raise SystemExit(f"{command} failed:\n{told.read().decode()[-3000:]}")
     remove(folder / "out")
-    return Run(seconds, peak[0])
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak[0])
 
 
 def remove(path: Path) -> None:
@@ -306,14 +309,15 @@ def compare(folder: Path, method: str, options: argparse.Namespace) -> None:
             if not name.startswith("mergekit") or number < options.mergekit_rounds:
                 found.setdefault(name, []).append(timed(command, folder))
     print(f"\n{options.network}, {method}, base + {options.vectors}, {options.rounds} rounds")
-    print("| program | seconds | to the floor | to hf-datavec | peak MB |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| program | seconds | to the floor | to hf-datavec | processor seconds | peak MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, runs in found.items():
         seconds = [run.seconds for run in runs]
         to_floor = [run.seconds / floor.seconds for run, floor in zip(runs, found["floor"], strict=False)]
         to_ours = [run.seconds / one.seconds for run, one in zip(runs, found["hf-datavec"], strict=False)]
+        rest = (spread(to_floor), spread(to_ours), spread([run.processor for run in runs], 1))
         memory = max(run.memory for run in runs) / 1e6
-        print(f"| {name} | {spread(seconds)} | {spread(to_floor)} | {spread(to_ours)} | {memory:.0f} |", flush=True)
+        print(f"| {name} | {spread(seconds)} | {' | '.join(rest)} | {memory:.0f} |", flush=True)
 
 
 def machine() -> Iterator[str]:

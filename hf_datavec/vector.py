@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +17,8 @@ from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
 from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, StatisticsNoise, TensorEntry
 from hf_datavec.second_moments import Kind, SecondMoments, open_beside
-from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
+from hf_datavec.tensors import Record, StoredTensors, combined_digest, in_file_order, open_file, write_file
+from hf_datavec.threads import Task, in_order
 from hf_datavec.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -193,12 +195,15 @@ def write_described(folder: Path, draft: Manifest, read: Callable[[str], torch.T
     layout = [Record(name, VECTOR_DTYPE, entry.shape, folder, 0) for name, entry in stored.items()]
     squares: list[float] = []
 
+    def measured(name: str) -> tuple[str, torch.Tensor, float]:
+        difference = read(name)
+        return name, difference, _square(difference) if stored[name].role is Role.WEIGHT else 0.0
+
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         # All differences have one type, so the order of the file is the order of the names.
-        for name in sorted(stored):
-            difference = read(name)
-            if stored[name].role is Role.WEIGHT:
-                squares.append(_square(difference))
+        tasks = (Task(partial(measured, record.name), record.nbytes) for record in in_file_order(layout))
+        for name, difference, square in in_order(tasks):
+            squares.append(square)
             yield name, difference
 
     content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream()))
