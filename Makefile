@@ -27,8 +27,8 @@ chaos:              ## 200 pushes and merges with random faults and kills; HF_DA
 docs:               ## write the generated parts of the docs anew
 	$(PYTHON) docs/generate.py
 
-bench:              ## a merge against the scripts a user would write
-	$(PYTHON) bench/merge.py
+bench:              ## merges against mergekit (MERGEKIT=.../mergekit-pytorch), a naive script and plain copies
+	$(PYTHON) bench/speed.py --network vit-base --methods mean ties dare_ties median trimmed_mean $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 demo:               ## the main command of the README
 	hf-datavec demo

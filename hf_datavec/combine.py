@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec.draws import Draws
 from hf_datavec.methods import Method
 from hf_datavec.methods.linear import weighted_sum
 from hf_datavec.selection import magnitudes
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 # Coordinates combined at a time on a CPU. A slice of some sites in float32 and float64 fits into a core's cache,
 # and it is torch's own grain: below it an operation runs on one thread, so a sum has one order on every machine.
 SLICE = 2**15
+# Coordinates that are computed in one go and handed over together: some milliseconds of work, so that waking threads
+# costs nothing, and few enough that memory is used again and again.
+PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +72,19 @@ def needs_whole(method: Method) -> bool:
 
 def ready(
     method: Method, options: Mapping[str, Any], rows: Sequence[Tensor], sites: Sites, *, key: str, seed: int = 0
-) -> Callable[[Tensor], Tensor]:
-    """A function from a slice (n, d) of the sites' vectors of one tensor to its combination (d,), in float64.
+) -> Callable[[Tensor, int], Tensor]:
+    """A function from a slice (n, d) of the sites' vectors of one tensor, and where it starts, to its combination (d,).
 
     `rows` are all the vectors of the tensor, each in its own shape, on the CPU: site methods and thresholds are
-    measured on them. `key` names the tensor to the generators. Slices are float32, or float64 when clipped.
+    measured on them. Where all is measured, and for coordinate methods that measure nothing, none are needed.
+    `key` names the tensor to the generators. Slices are float32, or float64 when clipped; the combination is float64.
     """
     import torch
 
     chosen = method.chosen(options)
     if method.kind == "site":
         shares = sites.shares or site_shares(method, chosen, inner_products(rows, sites.factors), sites.weights)
-        return lambda vectors: weighted_sum(vectors, shares)
-    if method.asks_for("generators"):
-        chosen["generators"] = [generator(seed, digest, key) for digest in sites.digests]
+        return lambda vectors, _: weighted_sum(vectors, shares)
     if method.ranks is not None:
         chosen["thresholds"] = torch.tensor(
             sites.thresholds or thresholds(method, chosen, rows, sites.factors), dtype=torch.float64
@@ -93,17 +95,19 @@ def ready(
         for kind in sites.beside
         if method.asks_for(kind)
     }
-    shape = rows[0].shape
+    shape = rows[0].shape if rows else ()
+    weights = torch.tensor(sites.weights, dtype=torch.float64)
 
-    def combined(vectors: Tensor) -> Tensor:
+    def combined(vectors: Tensor, start: int) -> Tensor:
         extra = {**chosen, **{kind: value.to(vectors.device) for kind, value in beside.items()}}
         if "thresholds" in extra:
             extra["thresholds"] = chosen["thresholds"].to(vectors.device)
-        weights = torch.tensor(sites.weights, dtype=torch.float64, device=vectors.device)
+        if method.asks_for("generators"):
+            extra["generators"] = [Draws(seed, digest, key, start) for digest in sites.digests]
         if method.kind == "matrix":
             vectors = vectors.reshape(len(vectors), shape[0] if len(shape) > 1 else 1, -1)
         with _one_thread() if needs_whole(method) and vectors.device.type == "cpu" else nullcontext():
-            result: Tensor = method.function(vectors, weights, **extra)
+            result: Tensor = method.function(vectors, weights.to(vectors.device), **extra)
         return result.double().reshape(-1)
 
     return combined
@@ -159,11 +163,3 @@ def thresholds(
         ranks = method.ranks(row.numel(), **{name: options[name] for name in method.options})
         found.append([magnitude * factor for magnitude in magnitudes(row.reshape(-1), ranks)])
     return found
-
-
-def generator(seed: int, digest: str, key: str) -> Generator:
-    """Random numbers that depend on the seed, the vector's content and the tensor alone."""
-    import torch
-
-    hashed = hashlib.sha256(f"{seed}\0{digest}\0{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "little", signed=True))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
-from hf_datavec.combine import SLICE, Sites, needs_whole, ready
+from hf_datavec.combine import PIECE, SLICE, Sites, needs_whole, ready
 from hf_datavec.errors import InputError
+from hf_datavec.geometry import Gram, products
 from hf_datavec.plan import Plan, Step
 from hf_datavec.survey import Survey
 from hf_datavec.tensors import TORCH_NAMES, in_file_order
+from hf_datavec.threads import Task, in_order
 from hf_datavec.vector import refuse_nonfinite, rows_by_label
 
 if TYPE_CHECKING:
     import torch
 
-    # Where combining happens, and who watches.
-    Place = tuple[torch.device | str, Callable[[torch.Tensor], None] | None]
+    # A tensor's name, some of its values, and the inner products (n, n) of the vectors that they were made of.
+    Piece = tuple[str, torch.Tensor, torch.Tensor | None]
+    Combine = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def run(
@@ -27,57 +33,128 @@ def run(
     *,
     only: Collection[str] | None = None,
     device: torch.device | str = "cpu",
-    observe: Callable[[torch.Tensor], None] | None = None,
+    gram: Gram | None = None,
     survey: Survey | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, fused tensor) for the base's tensors, or those in `only`, in the order of a safetensors file.
 
-    `observe` sees the sites' vectors of each tensor, shape (n, d), except for heads, whose rows may differ
-    from site to site. `survey` is what `survey.take` found; without it the vectors are measured here.
+    `gram` sees the sites' vectors of each tensor, except for heads, whose rows may differ from site to site.
+    `survey` is what `survey.take` found; without it the vectors are measured here.
 
     Raises: InputError for NaN or infinite values in a vector, and for a result that overflows its type.
     """
-    steps = {step.name: step for step in plan.steps if only is None or step.name in only}
-    survey = survey or surveys.take(plan)
-    for record in in_file_order(step.record for step in steps.values()):
-        step = steps[record.name]
-        if step.is_merged:
-            yield step.name, _fused(plan, step, survey.sites(plan, step), (device, observe)).cpu()
-        else:
-            yield step.name, _kept(plan, step)
-
-
-def _kept(plan: Plan, step: Step) -> torch.Tensor:
-    tensor = plan.base.tensors.read(step.name)
-    return tensor if step.role is Role.CONSTANT else _cast(step, tensor)
-
-
-def _fused(plan: Plan, step: Step, sites: Sites, place: Place) -> torch.Tensor:
-    """Base plus scaled combination in float64, so that the cast to the result's type is the only rounding."""
     import torch
 
-    device, observe = place
-    base = plan.base.tensors.read(step.name)
-    rows = [one.source.read(step.name) for one in plan.contributions]
+    shapes = {step.name: step.record.shape for step in plan.steps}
+    found = pieces(plan, only=only, device=device, gram=gram, survey=survey)
+    for name, parts in itertools.groupby(found, key=lambda piece: piece[0]):
+        flat = [part for _, part in parts]
+        yield name, (flat[0] if len(flat) == 1 else torch.cat(flat)).reshape(shapes[name])
+
+
+def pieces(
+    plan: Plan,
+    *,
+    only: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
+    gram: Gram | None = None,
+    survey: Survey | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same as `run`, but flat, and of a large tensor several pieces in a row: none is in memory as a whole.
+
+    Threads make pieces ahead, so that the next are computed while one is written.
+    """
+    steps = {step.name: step for step in plan.steps if only is None or step.name in only}
+    survey = survey or surveys.take(plan)
+    ordered = [steps[record.name] for record in in_file_order(step.record for step in steps.values())]
+    tasks = (task for step in ordered for task in _tasks(plan, step, survey, device))
+    for name, piece, seen in in_order(tasks, threads=None if str(device) == "cpu" else 1):
+        if gram is not None and seen is not None:
+            gram.include(seen)
+        yield name, piece
+
+
+def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -> Iterator[Task[Piece]]:
+    """What has to be computed for one tensor, piece by piece."""
+    count, length = len(plan.contributions), math.prod(step.record.shape)
+    if not step.is_merged:
+        yield Task(partial(_kept, plan, step), step.record.nbytes)
+        return
+    sites = survey.sites(plan, step)
     if step.role is Role.HEAD:
-        for one, row in zip(plan.contributions, rows, strict=True):
-            refuse_nonfinite(row, step.name, one.name)
-        base = rows_by_label(base, plan.base.labels, plan.labels).to(device)
-        return _cast(step, base.double() + step.scale * _combined_head(plan, step, rows, sites, device))
-    result = torch.empty(step.record.shape, dtype=getattr(torch, TORCH_NAMES[step.record.dtype]), device=device)
-    flat, flat_base, flat_rows = result.view(-1), base.reshape(-1), [row.reshape(-1) for row in rows]
+        yield Task(partial(_fused_head, plan, step, sites, device), step.peak_bytes(count))
+        return
+    if step.is_whole:
+        yield Task(partial(_measured, plan, step, sites, device), step.peak_bytes(count))
+        return
+    combine = ready(step.method, step.options, (), sites, key=step.name, seed=plan.recipe.merge.seed)
+    combining = _Combining(plan, step, sites, device, combine)
+    for start in range(0, max(1, length), PIECE):
+        where = range(start, min(start + PIECE, length))
+        yield Task(partial(combining.piece, where), step.peak_bytes(count))
+
+
+def _kept(plan: Plan, step: Step) -> Piece:
+    import torch
+
+    tensor = plan.base.tensors.read(step.name)
+    if step.role is not Role.CONSTANT:
+        tensor = tensor.to(getattr(torch, TORCH_NAMES[step.record.dtype]))
+        _refuse_overflow(step, tensor, lambda: float(plan.base.tensors.read(step.name).abs().max()))
+    return step.name, tensor.reshape(-1), None
+
+
+def _measured(plan: Plan, step: Step, sites: Sites, device: torch.device | str) -> Piece:
+    """A tensor whose method looks at all of it, at once or before it combines slices."""
+    rows = [one.source.read(step.name) for one in plan.contributions]
+    for one, row in zip(plan.contributions, rows, strict=True):
+        refuse_nonfinite(row, step.name, one.name)
     combine = ready(step.method, step.options, rows, sites, key=step.name, seed=plan.recipe.merge.seed)
-    length = _slice_length(step, len(flat), device)
-    for start in range(0, max(1, len(flat)), length):
-        part = slice(start, start + length)
-        vectors = torch.stack([row[part] for row in flat_rows]).to(device)
-        _refuse_nonfinite_rows(plan, step, vectors)
-        if observe is not None:
-            observe(vectors)
-        combined = combine(_clipped(vectors, sites))
-        # float32 plus float64 is float64, without a copy of the base in between
-        flat[part] = _cast(step, torch.add(flat_base[part].to(device), combined, alpha=step.scale))
-    return result
+    return _Combining(plan, step, sites, device, combine).piece(range(math.prod(step.record.shape)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Combining:
+    """One tensor with everything that its pieces have in common."""
+
+    plan: Plan
+    step: Step
+    sites: Sites
+    device: torch.device | str
+    combine: Combine
+
+    def piece(self, where: range) -> Piece:
+        """Base plus scaled combination in float64, so that the cast to the result's type is the only rounding."""
+        import torch
+
+        step, count = self.step, len(self.plan.contributions)
+        result = torch.empty(len(where), dtype=getattr(torch, TORCH_NAMES[step.record.dtype]), device=self.device)
+        seen = torch.zeros(count, count, dtype=torch.float64, device=self.device)
+        done = 0
+        for vectors, fused in self._slices(where):
+            result[done : done + fused.shape[0]] = fused
+            done += fused.shape[0]
+            for some in vectors.split(SLICE, dim=1) if vectors.shape[1] > SLICE else (vectors,):
+                seen += products(some)
+        if not math.isfinite(float(seen.trace())):
+            for one in self.plan.contributions:
+                refuse_nonfinite(one.source.read(step.name), step.name, one.name)
+        _refuse_overflow(step, result, lambda: max(float(fused.abs().max()) for _, fused in self._slices(where)))
+        return step.name, result.cpu(), seen.cpu()
+
+    def _slices(self, where: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Slice by slice the sites' vectors (n, d) and the fused values (d,) in float64."""
+        import torch
+
+        base = self.plan.base.tensors.read(self.step.name).reshape(-1)
+        parts = [one.source.parts(self.step.name) for one in self.plan.contributions]
+        length = _slice_length(self.step, len(where), self.device)
+        for start in range(where.start, where.stop, length):
+            here = slice(start, min(start + length, where.stop))
+            vectors = torch.stack([part(here) for part in parts]).to(self.device)
+            combined = self.combine(_clipped(vectors, self.sites), start)
+            # float32 plus float64 is float64, without a copy of the base in between
+            yield vectors, torch.add(base[here].to(self.device), combined, alpha=self.step.scale)
 
 
 def _slice_length(step: Step, length: int, device: torch.device | str) -> int:
@@ -94,11 +171,17 @@ def _clipped(vectors: torch.Tensor, sites: Sites) -> torch.Tensor:
     return vectors.double() * torch.tensor(sites.factors, dtype=torch.float64, device=vectors.device)[:, None]
 
 
-def _refuse_nonfinite_rows(plan: Plan, step: Step, vectors: torch.Tensor) -> None:
-    # One sum tells whether any value is NaN or infinite; only then it is worth looking for which.
-    if not math.isfinite(float(vectors.sum())):
-        for one in plan.contributions:
-            refuse_nonfinite(one.source.read(step.name), step.name, one.name)
+def _fused_head(plan: Plan, step: Step, sites: Sites, device: torch.device | str) -> Piece:
+    import torch
+
+    rows = [one.source.read(step.name) for one in plan.contributions]
+    for one, row in zip(plan.contributions, rows, strict=True):
+        refuse_nonfinite(row, step.name, one.name)
+    base = rows_by_label(plan.base.tensors.read(step.name), plan.base.labels, plan.labels).to(device)
+    wide = base.double() + step.scale * _combined_head(plan, step, rows, sites, device)
+    result = wide.to(getattr(torch, TORCH_NAMES[step.record.dtype]))
+    _refuse_overflow(step, result, lambda: float(wide.abs().max()))
+    return step.name, result.cpu().reshape(-1), None
 
 
 def _combined_head(
@@ -119,20 +202,20 @@ def _combined_head(
         key, seed = step.name + "\0".join(labels), plan.recipe.merge.seed
         combine = ready(step.method, step.options, parts, some, key=key, seed=seed)
         vectors = _clipped(torch.stack([part.reshape(-1) for part in parts]).to(device), some)
-        result[places] = combine(vectors).reshape(parts[0].shape)
+        result[places] = combine(vectors, 0).reshape(parts[0].shape)
     return result
 
 
-def _cast(step: Step, tensor: torch.Tensor) -> torch.Tensor:
+def _refuse_overflow(step: Step, result: torch.Tensor, largest: Callable[[], float]) -> None:
+    """Raise InputError when a fused tensor is not finite; `largest` tells its largest value before the cast."""
     import torch
 
-    result = tensor.to(getattr(torch, TORCH_NAMES[step.record.dtype]))
-    if not math.isfinite(float(result.sum())) and not bool(torch.isfinite(result).all()):
-        largest = float(tensor.abs().max())
-        if math.isnan(largest):
-            raise InputError(f"the method '{step.method.name}' gave NaN for the tensor '{step.name}'")
-        raise InputError(
-            f"the fused tensor '{step.name}' does not fit {step.record.dtype} (largest value {largest:.3g})",
-            hint="use a smaller scale, or dtype: float32",
-        )
-    return result
+    # One sum tells whether any value is NaN or infinite; only then it is worth looking closer.
+    if math.isfinite(float(result.sum())) or bool(torch.isfinite(result).all()):
+        return
+    if math.isnan(value := largest()):
+        raise InputError(f"the method '{step.method.name}' gave NaN for the tensor '{step.name}'")
+    raise InputError(
+        f"the fused tensor '{step.name}' does not fit {step.record.dtype} (largest value {value:.3g})",
+        hint="use a smaller scale, or dtype: float32",
+    )

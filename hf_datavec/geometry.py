@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,18 @@ class Geometry:
     cosines: tuple[tuple[float, ...], ...]
 
 
+# Below this square of a norm float32 has begun to lose what the products are made of.
+SMALLEST = 1e-30
+
+
 class Gram:
     """The inner products of n vectors, summed over the slices that it is shown."""
 
     def __init__(self) -> None:
         self._products: torch.Tensor | None = None
 
-    def add(self, vectors: torch.Tensor) -> None:
-        """Count one slice, shape (n, d)."""
-        wide = vectors.double()  # a value of 1e25 is no reason for an infinite norm
-        products = wide @ wide.T
+    def include(self, products: torch.Tensor) -> None:
+        """Count the inner products (n, n) of some slices."""
         self._products = products if self._products is None else self._products + products
 
     def geometry(self) -> Geometry:
@@ -37,3 +40,13 @@ class Gram:
         cosines = self._products / (norms[:, None] * norms[None, :]).clamp(min=1e-300)
         rows = tuple(tuple(float(value) for value in row) for row in cosines.clamp(-1, 1))
         return Geometry(tuple(float(norm) for norm in norms), rows)
+
+
+def products(vectors: torch.Tensor) -> torch.Tensor:
+    """The inner products (n, n) of vectors (n, d) in float64; infinite or NaN if and only if a value is."""
+    products = vectors @ vectors.T
+    # A value of 1e25 is no reason for an infinite norm, nor one of 1e-25 for a norm of zero.
+    if all(SMALLEST < square < math.inf for square in products.diagonal().tolist()):
+        return products.double()
+    wide = vectors.double()
+    return wide @ wide.T

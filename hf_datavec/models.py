@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.errors import InputError, RunError, listed
 from hf_datavec.progress import quiet_transformers
-from hf_datavec.tensors import open_folder
+from hf_datavec.tensors import Record, open_folder
 
 if TYPE_CHECKING:
     import torch
@@ -159,12 +159,19 @@ def _on_main_process(network: Network, tensors: dict[str, torch.Tensor]) -> dict
     return (broadcast_object_list(found) if state.num_processes > 1 else found)[0]
 
 
-def refuse_unloadable(folder: Path) -> None:
-    """Load a folder that was just written, as a user will. Raises: RunError when anything does not fit."""
+def refuse_other_tensors(folder: Path, planned: Mapping[str, Record], labels: tuple[str, ...]) -> None:
+    """Open a folder that was just written, headers only. Raises: RunError when it is not what was planned."""
     try:
-        load_module(open_checkpoint(folder))
+        found = open_checkpoint(folder)
     except InputError as error:
         raise RunError(f"the result does not load and was not kept: {error.problem}") from None
+    wrong = [name for name in sorted(planned) if not _alike(found.records.get(name), planned[name])]
+    if wrong or len(found.records) != len(planned) or found.labels != labels:
+        raise RunError(f"the result is not as planned and was not kept: {listed(wrong) or 'other tensors or labels'}")
+
+
+def _alike(found: Record | None, planned: Record) -> bool:
+    return found is not None and (found.dtype, found.shape) == (planned.dtype, planned.shape)
 
 
 def stored_names(network: Network) -> dict[str, str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
-from hf_datavec.combine import SLICE, needs_whole
+from hf_datavec.combine import PIECE, SLICE, needs_whole
 from hf_datavec.errors import InputError, listed, raise_all
+from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.hub import Fetched
 from hf_datavec.methods import FROM_SITES, Method, all_methods, applied, as_matrix
 from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
+from hf_datavec.threads import MOST_BYTES
 from hf_datavec.vector import Combination, TaskVector, TunedDifferences, check_against, tool_versions
 
 # Below this many images the moments of a channel are mostly chance.
@@ -76,16 +78,26 @@ class Step:
         """Whether its method measures whole vectors first."""
         return self.is_merged and self.method.surveys(self.options)
 
-    def peak_bytes(self, sites: int, *, clipped: bool) -> int:
-        """A bound on the memory that combining takes."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor is handled as a whole: it is a head, or its method looks at all of it."""
+        measured = (self.method.kind == "site" or self.method.ranks is not None) and not self.surveys
+        return self.is_merged and (needs_whole(self.method) or self.role is Role.HEAD or measured)
+
+    def peak_bytes(self, sites: int) -> int:
+        """A bound on the memory that the tensor takes, or one piece of it where it is not handled as a whole."""
         values = math.prod(self.record.shape)
-        # n float32 rows, and the combination, the base and the result in float64; a clipped vector is float64.
-        held = 4 * sites + 3 * 8 + (8 * sites if clipped else 0)
-        whole = needs_whole(self.method) or self.role is Role.HEAD
+        if not self.is_merged:
+            return self.record.nbytes
+        # Of each value n float32 rows, their float64 copies when they are clipped or differences, the method's own, and
+        # the combination, the base and the result in float64.
+        each = sites * (4 + 8 + 8 * self.method.copies) + 3 * 8
+        if not self.is_whole:
+            return min(values, PIECE) * ITEM_BYTES[self.record.dtype] + min(values, SLICE) * each
         matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
         # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
         beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0
-        return values * held + (values if whole else min(values, SLICE)) * (4 + 8 * self.method.copies) * sites + beside
+        return values * (ITEM_BYTES[self.record.dtype] + each) + beside
 
 
 @dataclass(frozen=True)
@@ -118,9 +130,10 @@ class Plan:
 
     @property
     def survey_passes(self) -> int:
-        """How often the vectors are read before the merge itself; exact ranks take two looks."""
-        ranked = any(step.surveys and step.method.ranks for step in self.steps)
-        return (2 if ranked else 1) if self.surveys else 0
+        """How often the vectors are read before the merge itself: for norms, for ranks and for inner products."""
+        surveying = [step.method for step in self.steps if step.surveys]
+        ranks, products = any(one.ranks for one in surveying), any(one.kind == "site" for one in surveying)
+        return (self.recipe.merge.clip is not None) + ranks + products
 
     @property
     def download_bytes(self) -> int:
@@ -141,9 +154,9 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """A bound on the memory of the merge itself beyond mapped files: one tensor of all sites at once."""
-        sites, clipped = len(self.contributions), self.recipe.merge.clip is not None
-        return max((step.peak_bytes(sites, clipped=clipped) for step in self.steps), default=0)
+        """A bound on the memory of the merge itself beyond mapped files: some pieces, or a tensor of all sites."""
+        sizes = [step.peak_bytes(len(self.contributions)) for step in self.steps]
+        return max([min(sum(sizes), MOST_BYTES), *sizes])
 
 
 def _records(contribution: Contribution) -> tuple[Record, ...]:

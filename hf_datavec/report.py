@@ -13,6 +13,8 @@ from hf_datavec.metrics import Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What plots need, for those who want to have it at hand in time.
+LIBRARIES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 # Colour-blind safe (Okabe and Ito 2008).
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#E69F00", "#999999", "#009E73"
 

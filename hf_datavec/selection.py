@@ -1,78 +1,142 @@
 """Exact magnitudes at given ranks of long float32 vectors, in linear time and bounded memory, without sorting.
 
-The bits of a float without its sign, read as a number, have the order of the magnitudes. A histogram over the upper
-half of the bits finds the bin of a rank; a second one over the lower half, of the values in that bin only, finds the
-magnitude itself. So vectors stream by twice, in slices of any size and order.
+The bits of a float without its sign, read as a number, have the order of the magnitudes. A sample of the vector guesses
+where a rank lies; one pass over the vector counts every bit pattern around there, and how many values lie above. When
+the guess was wrong, which those counts tell, two more passes find the rank by histograms over the upper and then the
+lower half of the bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    # Goes through all values of a vector, in slices of any size; every time in the same way.
+    Slices = Callable[[], Iterable[torch.Tensor]]
+
 LOWER = 16  # bits; the 31 bits of a magnitude fall into halves of 2^15 and 2^16 bins
 # Up to here selecting directly is faster than going through so many bins; a slice of a longer vector, too.
 SHORT = 2**15
-
-
-class Ranked:
-    """The magnitudes at some ranks of one vector; rank 1 is the largest, a rank beyond the last is the last."""
-
-    def __init__(self, ranks: Sequence[int], length: int) -> None:
-        import torch
-
-        self._ranks = [min(max(1, rank), length) for rank in ranks]
-        self._upper = torch.zeros(2 ** (31 - LOWER), dtype=torch.int64)
-        self._lower = [torch.zeros(2**LOWER, dtype=torch.int64) for _ in ranks]
-        self._bins: list[tuple[int, int]] | None = None  # the upper half, and the rank among those that share it
-        self._empty = length == 0
-
-    def count(self, values: torch.Tensor) -> None:
-        """First pass: count a slice of the vector."""
-        self._upper += (_bits(values) >> LOWER).bincount(minlength=len(self._upper))
-
-    def refine(self, values: torch.Tensor) -> None:
-        """Second pass: count the same values again."""
-        if self._bins is None:
-            self._bins = [_find(self._upper, rank) for rank in self._ranks]
-        bits = _bits(values)
-        upper = bits >> LOWER
-        for (place, _), lower in zip(self._bins, self._lower, strict=True):
-            lower += (bits[upper == place] & (2**LOWER - 1)).bincount(minlength=len(lower))
-
-    def magnitudes(self) -> list[float]:
-        """The magnitude at each rank; zero of an empty vector."""
-        import torch
-
-        if self._empty:
-            return [0.0] * len(self._ranks)
-        found = []
-        for (upper, rank), counts in zip(self._bins or (), self._lower, strict=True):
-            bits = torch.tensor([(upper << LOWER) + _find(counts, rank)[0]], dtype=torch.int32)
-            found.append(float(bits.view(torch.float32)))
-        return found
+# Bit patterns counted around a guess: magnitudes up to 3 % smaller or larger, for the fewest digits of a mantissa.
+AROUND = 2**18
+# Slices counted in one go, since each time costs a walk over all bins.
+TOGETHER = 64
+# Of a vector one value in this many is looked at for the guess, and no more than so many.
+SPARSE, MOST = 64, 2**22
+# Neighbours that are looked at together, since reading one value reads the memory page that it lies on.
+CLUSTER = 1024
 
 
 def magnitudes(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
-    """The magnitudes at some ranks of a float32 vector (d,) that is at hand."""
+    """The magnitudes at some ranks of a float32 vector (d,) that is at hand; rank 1 is the largest."""
     length = len(values)
     if 0 < length <= SHORT:
         sizes = values.abs()
         return [float(sizes.kthvalue(length + 1 - min(max(1, rank), length)).values) for rank in ranks]
-    ranked = Ranked(ranks, length)
-    for look in (ranked.count, ranked.refine):
-        for part in values.split(SHORT) if length else ():
-            look(part)
-    return ranked.magnitudes()
+    return streamed(lambda: values.split(SHORT) if length else (), sample([values], length), ranks, length)
+
+
+def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: int) -> list[float]:
+    """The magnitudes at some ranks of a vector that is read slice by slice, once if `some` of it guess them well.
+
+    A rank beyond the last is the last; magnitudes of an empty vector are zero.
+    """
+    if not length:
+        return [0.0] * len(ranks)
+    wanted = [min(max(1, rank), length) for rank in ranks]
+    around = [Around(guess(some, rank, length)) for rank in wanted]
+    for values in slices():
+        bits = _bits(values)
+        for one in around:
+            one.count(bits)
+    found = [one.find(rank) for one, rank in zip(around, wanted, strict=True)]
+    missed = [rank for rank, bits in zip(wanted, found, strict=True) if bits is None]
+    exact = iter(_by_halves(slices, missed))
+    return [_magnitude(next(exact) if bits is None else bits) for bits in found]
+
+
+def sample(tensors: Iterable[torch.Tensor], length: int) -> torch.Tensor:
+    """Some values of a vector of a length, evenly from all of its tensors, in clusters."""
+    import torch
+
+    each = CLUSTER * max(SPARSE, length // MOST)
+    found = []
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        whole = len(flat) // each * each
+        found.append(flat[:whole].view(-1, each)[:, :CLUSTER].reshape(-1))
+        found.append(flat[whole:][: -(-(len(flat) - whole) * CLUSTER // each)])
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def guess(some: torch.Tensor, rank: int, length: int) -> int:
+    """The bits of about the magnitude that has a rank in a vector, from a sample of it."""
+    place = len(some) - round((rank - 0.5) / length * len(some))
+    return int(_bits(some).kthvalue(min(max(1, place), len(some))).values)
+
+
+class Around:
+    """How often each bit pattern around a guess occurs, and how many values are larger."""
+
+    def __init__(self, bits: int) -> None:
+        import torch
+
+        self._first = max(0, bits - AROUND // 2)
+        # Before and behind the patterns a bin for what is smaller and larger.
+        self._counts = torch.zeros(AROUND + 2, dtype=torch.int64)
+        self._waiting: list[torch.Tensor] = []
+
+    def count(self, bits: torch.Tensor) -> None:
+        self._waiting.append((bits - (self._first - 1)).clamp_(0, AROUND + 1))
+        if len(self._waiting) >= TOGETHER:
+            self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        import torch
+
+        if self._waiting:
+            self._counts += torch.cat(self._waiting).bincount(minlength=AROUND + 2)
+            self._waiting = []
+
+    def find(self, rank: int) -> int | None:
+        """The bits at a rank, or None when they are not around."""
+        self._count_waiting()
+        place, _ = _find(self._counts, rank)
+        return self._first - 1 + place if 0 < place < AROUND + 1 else None
+
+
+def _by_halves(slices: Slices, ranks: Sequence[int]) -> Iterator[int]:
+    """The bits at some ranks, from two passes; none without ranks."""
+    import torch
+
+    if not ranks:
+        return
+    upper = torch.zeros(2 ** (31 - LOWER), dtype=torch.int64)
+    for values in slices():
+        upper += (_bits(values) >> LOWER).bincount(minlength=len(upper))
+    bins = [_find(upper, rank) for rank in ranks]
+    lower = [torch.zeros(2**LOWER, dtype=torch.int64) for _ in ranks]
+    for values in slices():
+        bits = _bits(values)
+        for (place, _), counts in zip(bins, lower, strict=True):
+            counts += (bits[bits >> LOWER == place] & (2**LOWER - 1)).bincount(minlength=len(counts))
+    for (place, rank), counts in zip(bins, lower, strict=True):
+        yield (place << LOWER) + _find(counts, rank)[0]
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     return values.reshape(-1).view(torch.int32) & 0x7FFFFFFF
+
+
+def _magnitude(bits: int) -> float:
+    import torch
+
+    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
 
 
 def _find(counts: torch.Tensor, rank: int) -> tuple[int, int]:

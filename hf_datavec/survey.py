@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_datavec.checkpoint import Role
 from hf_datavec.combine import SLICE, Sites, inner_products, site_shares
-from hf_datavec.plan import Plan, Step
+from hf_datavec.plan import Contribution, Plan, Step
 from hf_datavec.progress import progress
-from hf_datavec.selection import Ranked
+from hf_datavec.selection import sample, streamed
 from hf_datavec.tensors import in_file_order
+from hf_datavec.threads import Task, in_order
 from hf_datavec.vector import TaskVector, refuse_nonfinite, rows_by_label
 
 if TYPE_CHECKING:
     import torch
 
 Key = tuple[str, str]
+Result = TypeVar("Result")
+# Memory that measuring one vector takes: a sample of it, and counts of bit patterns.
+MEASURING = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,37 +86,70 @@ def take(plan: Plan) -> Survey:
 
     Raises: InputError for NaN or infinite values in a vector.
     """
-    import torch
-
     count = len(plan.contributions)
     if not plan.surveys:
         return Survey((), (1.0,) * count, {}, {})
     steps = {_key(step): step for step in plan.steps if step.surveys}
-    ranked = {key: _ranked(plan, step) for key, step in steps.items() if step.method.ranks}
-    squares, products = [0.0] * count, inner_products([torch.zeros(0)] * count, [1.0] * count)
-    for rows, alike in _read(plan, "survey"):
-        for place, row in enumerate(rows):
-            squares[place] += sum(float(part.double().square().sum()) for part in _slices(row))
-        if any(step.method.kind == "site" for step in steps.values()):
-            products = products + inner_products(alike, [1.0] * count)
-        _look(ranked, rows, Ranked.count)
+    site = {key: step for key, step in steps.items() if step.method.kind == "site"}
+    ranked = {key: step for key, step in steps.items() if step.method.ranks}
+    norms: tuple[float, ...] = ()
+    if plan.recipe.merge.clip is not None:
+        norms = tuple(_each_vector(plan, "survey, norms", _norm))
+    factors = clip_factors(norms, plan.recipe.merge.clip) if norms else (1.0,) * count
+    shares = _shares(plan, site, factors) if site else {}
+    thresholds: dict[Key, tuple[tuple[float, ...], ...]] = {}
     if ranked:
-        for rows, _ in _read(plan, "survey, second look"):
-            _look(ranked, rows, Ranked.refine)
-    norms = tuple(square**0.5 for square in squares)
-    factors = clip_factors(norms, plan.recipe.merge.clip)
-    return Survey(
-        norms,
-        factors,
-        {key: _thresholds(found, factors) for key, found in ranked.items()},
-        {key: _shares(plan, step, products, factors) for key, step in steps.items() if step.method.kind == "site"},
-    )
+        found = list(_each_vector(plan, "survey, ranks", partial(_magnitudes, ranked)))
+        for key in ranked:
+            rows = [tuple(value * factor for value in one[key]) for one, factor in zip(found, factors, strict=True)]
+            thresholds[key] = tuple(rows)
+    return Survey(norms, factors, thresholds, shares)
 
 
-def _thresholds(ranked: Sequence[Ranked], factors: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    return tuple(
-        tuple(magnitude * factor for magnitude in one.magnitudes()) for one, factor in zip(ranked, factors, strict=True)
-    )
+def _each_vector(plan: Plan, text: str, measure: Callable[[Plan, Contribution], Result]) -> Iterator[Result]:
+    """What is measured on each site's vector, several at a time."""
+    tasks = (Task(partial(measure, plan, one), MEASURING) for one in plan.contributions)
+    yield from progress(in_order(tasks), text=text, total=len(plan.contributions), unit="vector")
+
+
+def _norm(plan: Plan, one: Contribution) -> float:
+    squares = (float(part.double().square().sum()) for part in _slices(plan, one, _names(plan)))
+    return sum(squares) ** 0.5  # type: ignore[no-any-return] # a sum of no numbers is 0
+
+
+def _magnitudes(ranked: Mapping[Key, Step], plan: Plan, one: Contribution) -> dict[Key, list[float]]:
+    names = _names(plan)
+    length = sum(math.prod(plan.base.shape_with(name, one.labels)) for name in names)
+    ranks: list[int] = []
+    places = {}
+    for key, step in ranked.items():
+        assert step.method.ranks is not None
+        asked = step.method.ranks(length, **step.method.chosen(step.options))
+        places[key] = slice(len(ranks), len(ranks) + len(asked))
+        ranks += asked
+    some = sample((one.source.read(name) for name in names), length)
+    found = streamed(lambda: _slices(plan, one, names), some, ranks, length)
+    return {key: found[place] for key, place in places.items()}
+
+
+def _names(plan: Plan) -> list[str]:
+    records = (step.record for step in plan.steps if step.role in (Role.WEIGHT, Role.HEAD))
+    return [record.name for record in in_file_order(records)]
+
+
+def _slices(plan: Plan, one: Contribution, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    """A site's vector, slice by slice. Raises: InputError for NaN or infinite values."""
+    for name in names:
+        if plan.base.roles[name] is Role.HEAD:
+            parts: Callable[[slice], torch.Tensor] = one.source.read(name).reshape(-1).__getitem__
+        else:
+            parts = one.source.parts(name)
+        length = math.prod(plan.base.shape_with(name, one.labels))
+        for start in range(0, length, SLICE):
+            part = parts(slice(start, min(start + SLICE, length)))
+            if not math.isfinite(float(part.sum())):
+                refuse_nonfinite(one.source.read(name), name, one.name)
+            yield part
 
 
 def clip_factors(norms: Sequence[float], clip: str | float | None) -> tuple[float, ...]:
@@ -125,57 +164,28 @@ def _key(step: Step) -> Key:
     return step.method.name, repr(sorted(step.method.chosen(step.options).items()))
 
 
-def _read(plan: Plan, text: str) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Of each tensor, the sites' vectors, and their parts that can be compared: of heads the labels that all have."""
-    records = in_file_order(step.record for step in plan.steps if step.role in (Role.WEIGHT, Role.HEAD))
-    common = [label for label in plan.labels if all(label in one.labels for one in plan.contributions)]
-    for record in progress(records, text=text, total=len(records), unit="tensor"):
-        rows = []
-        for one in plan.contributions:
-            rows.append(one.source.read(record.name))
-            refuse_nonfinite(rows[-1], record.name, one.name)
-        alike = rows
-        if plan.base.roles[record.name] is Role.HEAD:
-            alike = [
-                rows_by_label(row, one.labels, tuple(common)) for row, one in zip(rows, plan.contributions, strict=True)
-            ]
-        yield rows, alike
-
-
-def _ranked(plan: Plan, step: Step) -> list[Ranked]:
-    assert step.method.ranks is not None
-    found = []
-    for one in plan.contributions:
-        names = plan.base.named(Role.WEIGHT, Role.HEAD)
-        length = sum(_size(plan.base.shape_with(name, one.labels)) for name in names)
-        found.append(Ranked(step.method.ranks(length, **step.method.chosen(step.options)), length))
-    return found
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _look(
-    ranked: Mapping[Key, list[Ranked]], rows: list[torch.Tensor], look: Callable[[Ranked, torch.Tensor], None]
-) -> None:
-    for found in ranked.values():
-        for one, row in zip(found, rows, strict=True):
-            for part in _slices(row):
-                look(one, part)
-
-
-def _slices(row: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return row.reshape(-1).split(SLICE) if row.numel() else ()
-
-
-def _shares(plan: Plan, step: Step, products: torch.Tensor, factors: Sequence[float]) -> tuple[float, ...]:
+def _shares(plan: Plan, steps: Mapping[Key, Step], factors: Sequence[float]) -> dict[Key, tuple[float, ...]]:
+    """The factor of each site by site methods, from the inner products of whole vectors."""
     import torch
 
+    names, weights = _names(plan), [one.weight for one in plan.contributions]
+    products = torch.zeros(len(weights), len(weights), dtype=torch.float64)
+    tasks = (Task(partial(_products, plan, name), plan.base.records[name].nbytes * len(weights)) for name in names)
+    for found in progress(in_order(tasks), text="survey", total=len(names), unit="tensor"):
+        products += found
     scaled = torch.tensor(factors, dtype=torch.float64)
-    weights = [one.weight for one in plan.contributions]
     clipped = products * scaled[:, None] * scaled
-    return site_shares(step.method, step.method.chosen(step.options), clipped, weights)
+    return {
+        key: site_shares(step.method, step.method.chosen(step.options), clipped, weights) for key, step in steps.items()
+    }
+
+
+def _products(plan: Plan, name: str) -> torch.Tensor:
+    """The inner products of a tensor of all sites; of heads the labels that all have are compared."""
+    rows = []
+    common = tuple(label for label in plan.labels if all(label in one.labels for one in plan.contributions))
+    for one in plan.contributions:
+        row = one.source.read(name)
+        refuse_nonfinite(row, name, one.name)
+        rows.append(rows_by_label(row, one.labels, common) if plan.base.roles[name] is Role.HEAD else row)
+    return inner_products(rows, [1.0] * len(rows))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -203,26 +203,44 @@ def write_file(
 ) -> list[tuple[Record, str]]:
     """Write tensors to `path` as they come, and return each record with the hash of its bytes.
 
-    `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`.
-    At no time is more than one tensor held.
+    `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`, of each
+    the tensor, or its flattened values piece by piece. No more than one of them is held.
     """
     records = in_file_order(layout)
     header, start = _header(records)
     written: list[tuple[Record, str]] = []
+    coming = iter(stream)
     try:
         with open(path, "wb") as handle:
             handle.write(header)
-            for record, (name, tensor) in zip(records, stream, strict=True):
-                if name != record.name:
-                    raise ValueError(f"stream yielded '{name}' where '{record.name}' was due")
-                content = _bytes_of(tensor, record)
-                handle.write(content)
-                placed = Record(name, record.dtype, record.shape, path, start)
-                written.append((placed, blake3(content).hexdigest()))
+            for record in records:
+                hashed = blake3()
+                for content in _contents(coming, record):
+                    handle.write(content)
+                    hashed.update(content)
+                written.append((replace(record, file=path, start=start), hashed.hexdigest()))
                 start += record.nbytes
     except OSError as error:
         raise RunError(f"cannot write '{path}': {error.strerror}") from None
+    if next(coming, None) is not None:
+        raise ValueError(f"stream yielded more than was planned for '{path}'")
     return written
+
+
+def _contents(stream: Iterator[tuple[str, torch.Tensor]], record: Record) -> Iterator[memoryview]:
+    """The bytes of one tensor, as they come from a stream."""
+    missing = record.nbytes
+    while True:
+        name, tensor = next(stream, ("", None))
+        if tensor is None or name != record.name:
+            raise ValueError(f"stream yielded '{name}' where '{record.name}' was due")
+        content = _bytes_of(tensor, record, piece=True)
+        missing -= len(content)
+        yield content
+        if missing < 0:
+            raise ValueError(f"stream yielded more values of '{name}' than planned")
+        if missing == 0:
+            return
 
 
 def in_file_order(layout: Iterable[Record]) -> list[Record]:
@@ -239,12 +257,14 @@ def _header(records: Iterable[Record]) -> tuple[bytes, int]:
     return start, len(start)
 
 
-def _bytes_of(tensor: torch.Tensor, record: Record) -> memoryview:
+def _bytes_of(tensor: torch.Tensor, record: Record, *, piece: bool = False) -> memoryview:
+    """The bytes of a tensor, or of a piece of its flattened values. Raises: ValueError when it is not as planned."""
     import torch
 
     expected = TORCH_NAMES.get(record.dtype)
-    wrong_type = tensor.dtype != getattr(torch, expected) if expected else tensor.nbytes != record.nbytes
-    if tuple(tensor.shape) != record.shape or wrong_type:
+    wrong_type = tensor.dtype != getattr(torch, expected) if expected else tensor.itemsize != ITEM_BYTES[record.dtype]
+    wrong_shape = tuple(tensor.shape) != record.shape and not (piece and tensor.dim() == 1)
+    if wrong_shape or wrong_type:
         raise ValueError(f"tensor '{record.name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {record}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     content: memoryview = flat.view(torch.uint8).numpy().data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,11 +17,14 @@ from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.hub import Fetched
 from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, StatisticsNoise, TensorEntry
 from hf_datavec.second_moments import Kind, SecondMoments, open_beside
-from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file, write_file
+from hf_datavec.tensors import Record, StoredTensors, combined_digest, in_file_order, open_file, write_file
+from hf_datavec.threads import Task, in_order
 from hf_datavec.tuned import Tuned
 
 if TYPE_CHECKING:
     import torch
+
+    Parts = Callable[[slice], torch.Tensor]
 
 # Vectors travel in float32 whatever the base's type: differences of half-precision weights need the bits.
 VECTOR_DTYPE = "F32"
@@ -42,6 +46,10 @@ class TaskVector:
     def read(self, name: str) -> torch.Tensor:
         """The float32 difference; head tensors have one row per label of `labels`."""
         return self.tensors.read(name)
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened difference."""
+        return self.read(name).reshape(-1).__getitem__
 
     def verify(self) -> None:
         """Compare the stored bytes with the manifest. Raises: InputError when they differ."""
@@ -74,12 +82,19 @@ class TunedDifferences:
         ours, theirs = self.base.tensors.read(name), self.tuned.read(name)
         if self.base.roles[name] is Role.HEAD and self.base.labels != self.labels:
             ours = rows_by_label(ours, self.base.labels, self.labels)
-        if self.base.records[name].dtype == "F64":
-            difference = (theirs.double() - ours.double()).float()
-        else:
-            difference = theirs.float() - ours.float()
+        difference = self._between(name, ours, theirs)
         refuse_nonfinite(difference, name, self.tuned.text)
         return difference
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened difference, infinite and NaN ones too; of no head."""
+        ours, theirs = self.base.tensors.read(name).reshape(-1), self.tuned.read(name).reshape(-1)
+        return lambda where: self._between(name, ours[where], theirs[where])
+
+    def _between(self, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if self.base.records[name].dtype == "F64":
+            return (theirs.double() - ours.double()).float()
+        return theirs.float() - ours.float()
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,10 @@ class Combination:
     def read(self, name: str) -> torch.Tensor:
         """The unscaled combination."""
         return self.tensors.read(name)
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened combination."""
+        return self.read(name).reshape(-1).__getitem__
 
 
 def rows_by_label(tensor: torch.Tensor, have: tuple[str, ...], want: tuple[str, ...]) -> torch.Tensor:
@@ -176,12 +195,15 @@ def write_described(folder: Path, draft: Manifest, read: Callable[[str], torch.T
     layout = [Record(name, VECTOR_DTYPE, entry.shape, folder, 0) for name, entry in stored.items()]
     squares: list[float] = []
 
+    def measured(name: str) -> tuple[str, torch.Tensor, float]:
+        difference = read(name)
+        return name, difference, _square(difference) if stored[name].role is Role.WEIGHT else 0.0
+
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         # All differences have one type, so the order of the file is the order of the names.
-        for name in sorted(stored):
-            difference = read(name)
-            if stored[name].role is Role.WEIGHT:
-                squares.append(_square(difference))
+        tasks = (Task(partial(measured, record.name), record.nbytes) for record in in_file_order(layout))
+        for name, difference, square in in_order(tasks):
+            squares.append(square)
             yield name, difference
 
     content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream()))

@@ -55,5 +55,6 @@ def combine(
     combined = ready(method, chosen, list(vectors), sites, key=tensor, seed=seed)
     flat = vectors.reshape(count, math.prod(vectors.shape[1:]))
     if slices:
-        return torch.cat([combined(part) for part in flat.split(slices, dim=1)]).reshape(vectors.shape[1:])
-    return combined(flat).reshape(vectors.shape[1:])
+        parts = [combined(part, place * slices) for place, part in enumerate(flat.split(slices, dim=1))]
+        return torch.cat(parts).reshape(vectors.shape[1:])
+    return combined(flat, 0).reshape(vectors.shape[1:])

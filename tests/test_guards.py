@@ -41,14 +41,16 @@ def test_the_dtype_of_the_recipe_is_what_from_pretrained_loads(kind, tmp_path, r
         assert loaded.dtype == getattr(torch, dtype)
 
 
-def test_a_base_whose_configuration_is_of_another_network_gives_no_result(study, run):
+def test_a_base_whose_configuration_is_of_another_network_gives_no_result_once_it_is_loaded(study, run):
     other = json.loads((make_network("test_efficientnet", study / "other") / "config.json").read_text())
     ours = json.loads((study / "base" / "config.json").read_text())
     (study / "base" / "config.json").write_text(json.dumps({**ours, "architecture": other["architecture"]}))
-    outcome = run("merge", "recipe.yaml")
-    assert outcome.code == 1
-    assert "the result does not load and was not kept" in outcome.err
-    assert not (study / "fused").exists()
+    for section in ({"recalibrate": {"images": "./images"}}, {"evaluate": {"images": "./images"}}):
+        recipe = write_recipe(study / "r.yaml", base="./base", vectors=["./site-a"], output="./fused", **section)
+        outcome = run("merge", recipe)
+        assert outcome.code == 2
+        assert "does not load whole" in outcome.err or "cannot build the network" in outcome.err
+        assert not (study / "fused").exists()
 
 
 def test_statistics_that_overflow_are_refused(study, run):

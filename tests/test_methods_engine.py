@@ -22,7 +22,7 @@ from hf_datavec.errors import InputError
 from hf_datavec.methods import all_methods, as_matrix
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
-from hf_datavec.selection import Ranked, magnitudes
+from hf_datavec.selection import magnitudes, sample, streamed
 
 WEIGHTS = "model.safetensors"
 # Those that need no more than vectors; the others have tests of their own, with what sites push and what is learned.
@@ -41,12 +41,27 @@ def test_streamed_ranks_are_those_of_the_sorted_vector(seed, length, distinct, p
     ordered = values.abs().sort(descending=True).values.tolist()
     ranks = sorted({1, length, 1 + seed % length, length + 5})
     expected = [ordered[min(rank, length) - 1] for rank in ranks]
-    ranked = Ranked(ranks, length)
-    for look in (ranked.count, ranked.refine):
-        for part in values.split(parts):
-            look(part)
-    assert ranked.magnitudes() == expected
+    # A sample that says little, and one that leads astray.
+    for some in (sample([values], length), torch.full((3,), 1e-3)):
+        assert streamed(lambda: values.split(parts), some, ranks, length) == expected
     assert magnitudes(values, ranks) == expected
+
+
+def test_a_vector_is_read_once_when_its_sample_is_like_it():
+    values = torch.randn(2_000_000, generator=torch.Generator().manual_seed(2))
+    tensors, reads = values.split([3, 1_500_000, 499_997]), []
+
+    def slices():
+        reads.append(1)
+        return values.split(2**15)
+
+    some = sample(tensors, len(values))
+    assert len(some) == pytest.approx(len(values) / 64, rel=0.05)
+    found = streamed(slices, some, [400_000, 20_000], len(values))
+    assert found == values.abs().sort(descending=True).values[[399_999, 19_999]].tolist()
+    assert len(reads) == 1
+    assert streamed(slices, torch.zeros(5), [400_000], len(values)) == found[:1]
+    assert len(reads) == 4
 
 
 def test_ranks_of_a_long_vector_are_streamed_and_exact():
@@ -140,10 +155,11 @@ def test_the_plan_says_how_often_vectors_are_read(sites):
     stored = once.read_bytes - once.base.tensors.nbytes
     for section, passes in (
         ({"method": "mean", "clip": "median"}, 1),
+        ({"method": "ties", "clip": "median"}, 2),
         ({"method": "geometric_median"}, 1),
-        ({"method": "ties"}, 2),
+        ({"method": "ties"}, 1),
         ({"method": "ties", "options": {"scope": "tensor"}}, 0),
-        ({"method": "mean", "overrides": [{"tensors": "conv_stem.*", "method": "ties"}]}, 2),
+        ({"method": "mean", "overrides": [{"tensors": "conv_stem.*", "method": "ties"}]}, 1),
     ):
         plan = planned(sites, ["site-0", "site-1"], **section)
         assert plan.survey_passes == passes, section
@@ -152,7 +168,8 @@ def test_the_plan_says_how_often_vectors_are_read(sites):
 
 def test_no_vector_is_read_for_a_survey_that_nobody_needs(sites, monkeypatch):
     plan = planned(sites, ["site-0", "site-1"], method="mean")
-    monkeypatch.setattr(survey, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(survey, "_slices", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(survey, "_products", lambda *_: pytest.fail("read"))
     assert survey.take(plan).factors == (1.0, 1.0)
 
 
@@ -245,7 +262,7 @@ def test_plan_merge_and_card_say_what_the_survey_does_and_found(sites, run):
     recipe = write_recipe(sites / "told.yaml", base="./base", vectors=vectors, output="./told", merge=section)
     planned_as = run("plan", recipe).out
     assert "vectors to at most the median of their norms" in planned_as
-    assert "whole vectors are read once before the merge" in planned_as
+    assert "whole vectors are read twice before the merge" in planned_as
     outcome = run("merge", recipe, "-o", folder)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("is clipped: its vector of norm") == 2

@@ -11,7 +11,7 @@ from combining import combine, counts, laws, seeds, shapes, sizes, some_vectors,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_datavec.combine import generator
+from hf_datavec.draws import Draws
 
 Vectors = list[list[float]]
 
@@ -276,8 +276,8 @@ def test_values_as_large_as_the_boundary_stay_in():
 def draws(shape: tuple[int, ...], count: int) -> Vectors:
     found = []
     for index in range(count):
-        random = generator(0, f"site {index}", "fc.weight")
-        found.append(torch.rand(shape, dtype=torch.float64, generator=random).reshape(-1).tolist())
+        random = Draws(0, f"site {index}", "fc.weight")
+        found.append(random.uniform(math.prod(shape)).tolist())
     return found
 
 

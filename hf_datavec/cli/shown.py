@@ -103,7 +103,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         most = "the median of their norms" if plan.recipe.merge.clip == "median" else f"norm {plan.recipe.merge.clip:g}"
         lines.append(("clip", f"vectors to at most {most}"))
     if plan.surveys:
-        passes = "once" if plan.survey_passes == 1 else "twice"
+        passes = ("once", "twice", "three times")[plan.survey_passes - 1]
         lines.append(("survey", f"whole vectors are read {passes} before the merge"))
     lines += [
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 from hf_datavec.methods import method
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
+
+    from hf_datavec.draws import Draws
 
 
 @method(
@@ -16,14 +18,14 @@ if TYPE_CHECKING:
     uses_weights=False,
     kind="tensor",
 )
-def random(vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]") -> "Tensor":
+def random(vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]") -> "Tensor":
     """The sum of random vectors, each as long as the site's own in every tensor: the paper's control."""
     import torch
 
     total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for vector, generator in zip(vectors, generators, strict=True):
         # Drawn on the CPU, so that every device sees the same numbers.
-        direction = torch.randn(vector.shape, dtype=torch.float64, generator=generator).to(vector.device)
+        direction = generator.normal(len(vector)).to(vector.device)
         length = direction.norm()
         if length > 0:
             total += direction * (vector.double().norm() / length)

@@ -9,29 +9,17 @@ from hf_datavec.methods.linear import weighted_sum
 from hf_datavec.methods.signs import Density, agreeing
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
+
+    from hf_datavec.draws import Draws
 
 Epsilon = Annotated[float, Between(0, 0.5)]
 
 
-def _kept(vectors: "Tensor", chances: "Tensor", generators: "Sequence[Generator]", *, rescale: bool) -> "Tensor":
-    """The vectors with each value kept by its chance, and divided by it so that the expectation stays."""
+def _dropped(vectors: "Tensor", density: float, generators: "Sequence[Draws]") -> "Tensor":
     import torch
 
-    result = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
-    for place, generator in enumerate(generators):
-        # Drawn on the CPU, so that every device sees the same numbers.
-        drawn = torch.rand(vectors.shape[1:], dtype=torch.float64, generator=generator).to(vectors.device)
-        values = vectors[place].double()
-        result[place] = torch.where(drawn < chances[place], values / chances[place] if rescale else values, 0.0)
-    return result
-
-
-def _dare(vectors: "Tensor", density: float, generators: "Sequence[Generator]", *, rescale: bool) -> "Tensor":
-    import torch
-
-    chances = torch.full((len(vectors), 1), density, dtype=torch.float64, device=vectors.device)
-    return _kept(vectors, chances, generators, rescale=rescale)
+    return torch.stack([draws.keep(vector, density) for vector, draws in zip(vectors, generators, strict=True)])
 
 
 @method(
@@ -39,15 +27,15 @@ def _dare(vectors: "Tensor", density: float, generators: "Sequence[Generator]", 
     formula="sum_j w_j b_j tau_j / density, b_j ~ Bernoulli(density)",
     source="arXiv 2311.03099 (DARE)",
     uses_weights=True,
-    kind="tensor",
 )
 def dare_linear(
-    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]",
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]",
     density: Density = 0.5, rescale: bool = True, normalize: bool = False,
 ) -> "Tensor":  # fmt: skip
     """The sum of the vectors after values were dropped at random and the rest enlarged."""
-    total = weighted_sum(_dare(vectors, density, generators, rescale=rescale), weights.tolist())
-    return total / sum(weights.tolist()) if normalize else total
+    total = weighted_sum(_dropped(vectors, density, generators), weights.tolist())
+    # Dividing what is kept by its chance is the same after the sum.
+    return total / ((density if rescale else 1.0) * (sum(weights.tolist()) if normalize else 1.0))
 
 
 @method(
@@ -55,14 +43,15 @@ def dare_linear(
     formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = b_j tau_j / density, A as in ties",
     source="arXiv 2311.03099 (DARE) and arXiv 2306.01708 (TIES-Merging)",
     uses_weights=True,
-    kind="tensor",
 )
 def dare_ties(
-    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]",
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]",
     density: Density = 0.5, rescale: bool = True, normalize: bool = True,
 ) -> "Tensor":  # fmt: skip
     """The vectors dropped at random as in dare, averaged over the sites that agree on the sign as in ties."""
-    return agreeing(_dare(vectors, density, generators, rescale=rescale), weights, normalize=normalize)
+    result = agreeing(_dropped(vectors, density, generators), weights, normalize=normalize)
+    # Dividing what is kept by its chance changes no sign, so it is the same after the average.
+    return result.div_(density) if rescale else result
 
 
 def _chance_out_of_range(sites: int, density: float, epsilon: float, **_: object) -> str | None:
@@ -72,7 +61,7 @@ def _chance_out_of_range(sites: int, density: float, epsilon: float, **_: object
 
 
 def _della(
-    vectors: "Tensor", density: float, epsilon: float, generators: "Sequence[Generator]", *, rescale: bool
+    vectors: "Tensor", density: float, epsilon: float, generators: "Sequence[Draws]", *, rescale: bool
 ) -> "Tensor":
     """MagPrune: within each row a value's chance to stay grows evenly with the rank of its magnitude."""
     import torch
@@ -85,7 +74,10 @@ def _della(
     # A row of one value has no order; it stays by the middle chance.
     last = order.shape[2] - 1
     chances = density - epsilon + ranks.double() * (2 * epsilon / last) if last > 0 else ranks.double() + density
-    return _kept(vectors, chances, generators, rescale=rescale).flatten(1)
+    drawn = torch.stack([generator.uniform(vectors[0].numel()) for generator in generators]).view(vectors.shape)
+    values = vectors.double()
+    kept = torch.where(drawn.to(vectors.device) < chances, values / chances if rescale else values, 0.0)
+    return kept.flatten(1)
 
 
 @method(
@@ -98,7 +90,7 @@ def _della(
     copies=6,
 )
 def della(
-    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]", density: Density = 0.5,
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]", density: Density = 0.5,
     epsilon: Epsilon = 0.1, rescale: bool = True, normalize: bool = True,
 ) -> "Tensor":  # fmt: skip
     """Values dropped at random, the small ones of each row more often, then averaged where signs agree."""
@@ -116,7 +108,7 @@ def della(
     copies=6,
 )
 def della_linear(
-    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Generator]", density: Density = 0.5,
+    vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]", density: Density = 0.5,
     epsilon: Epsilon = 0.1, rescale: bool = True, normalize: bool = False,
 ) -> "Tensor":  # fmt: skip
     """Values dropped at random, the small ones of each row more often, then summed."""

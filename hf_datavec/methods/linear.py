@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def weighted_sum(vectors: "Tensor", weights: "Sequence[float]") -> "Tensor":
-    """The sum of vectors (n, d) times their weights, in float64, in the order of the sites."""
+def weighted_sum(vectors: "Tensor | Sequence[Tensor]", weights: "Sequence[float]") -> "Tensor":
+    """The sum of vectors (n, d), or of n rows, times their weights, in float64, in the order of the sites."""
     # Site by site: torch's own sum picks its order by size and processor, and a slice must give the same bits.
     total = vectors[0].double() * weights[0]
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):

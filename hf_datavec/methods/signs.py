@@ -28,25 +28,30 @@ def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tenso
 
     factors = weights.tolist()
     elected = weighted_sum(vectors, factors).sign()
-    # The sign of w_j tau_j, so that a negative weight votes for the other side.
-    with_elected = [(vector.sign() * weight).sign() == elected for vector, weight in zip(vectors, factors, strict=True)]
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-    for vector, weight, same in zip(vectors, factors, with_elected, strict=True):
-        total += torch.where(same, vector.double() * weight, 0.0)
-        divisor += same.double() * weight  # a bool times a number would be float32
-    total[elected == 0] = 0.0
-    return torch.where(divisor != 0, total / divisor, 0.0) if normalize else total
+    for vector, weight in zip(vectors, factors, strict=True):
+        # The sign of w_j tau_j, so that a negative weight votes for the other side.
+        vote = vector.double() if weight == 1 else vector.double() * weight
+        # One where the signs agree, else zero: by products of signs, several times faster than by masks.
+        same = vote.sign().mul_(elected).clamp_(min=0)
+        total.addcmul_(vote, same)
+        divisor.add_(same, alpha=weight)
+    return total.div_(divisor).masked_fill_(divisor == 0, 0.0) if normalize else total
 
 
 def trimmed(vectors: "Tensor", thresholds: "Tensor") -> "Tensor":
     """The vectors with zero for values below the last threshold, and above the first where there are two."""
     import torch
+    from torch.nn.functional import hardshrink
 
-    sizes = vectors.abs().double()
-    kept = sizes >= thresholds[:, -1:]
+    bounds = thresholds.to(vectors.dtype)
+    # `hardshrink` keeps what is above a bound; the next smaller number keeps the bound itself, too.
+    below = torch.nextafter(bounds[:, -1], torch.zeros_like(bounds[:, -1])).tolist()
+    kept = torch.stack([hardshrink(vector, least) for vector, least in zip(vectors, below, strict=True)])
     if thresholds.shape[1] == 2:
-        kept &= sizes <= thresholds[:, :1]
-    return torch.where(kept, vectors, 0.0)
+        for vector, row, most in zip(vectors, kept, bounds[:, 0].tolist(), strict=True):
+            row -= hardshrink(vector, most)
+    return kept
 
 
 def share(fraction: float, length: int) -> int:

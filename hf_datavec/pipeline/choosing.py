@@ -145,8 +145,8 @@ def _combined(plan: Plan, path: Path, device: torch.device, gram: Gram) -> Plan:
         base=nothing,
         steps=tuple(replace(step, record=record, scale=1.0) for step, record in zip(steps, layout, strict=True)),
     )
-    stream = fuse.run(bare, device=device, observe=gram.add)
-    write_file(path, layout, progress(stream, text="combine", total=len(layout), unit="tensor"))
+    stream = fuse.pieces(bare, device=device, gram=gram)
+    write_file(path, layout, progress(stream, text="combine", unit="piece"))
     source = Combination(plan.labels, open_file(path))
     whole = Contribution("combination", plan.base_fetched, source, 1.0, "")
     overrides = tuple(Override(tensors=one.tensors, scale=one.scale) for one in plan.recipe.merge.overrides)

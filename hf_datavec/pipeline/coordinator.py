@@ -32,9 +32,9 @@ from hf_datavec.pipeline.prepare import (
 )
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
-from hf_datavec.recipe import Recipe
 from hf_datavec.search import Search
 from hf_datavec.staging import refuse_existing, staged
+from hf_datavec.threads import import_ahead
 from hf_datavec.vector import TaskVector
 
 if TYPE_CHECKING:
@@ -72,14 +72,16 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     # Opened before anything is written, so that mistakes show early.
     public, test = calibration_images(prepared), evaluation_images(prepared)
     labelled, learning = search_images(prepared), learning_images(prepared)
+    _verify(prepared.plan)
     place = devices.choose(device)
     if pushing and (geometry := finished.geometry_of(output, prepared, public, test, place)):
         return _handed_over(prepared, output, geometry)
     refuse_existing(output)
-    _verify(prepared.plan)
     chosen = restoring.decide(prepared.plan, public, place)
     gram, recipe = Gram(), prepared.recipe
     with staged(output) as folder:
+        if len(prepared.order) > 1:
+            import_ahead(*report.LIBRARIES)
         study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
@@ -98,7 +100,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         choosing.clear(folder)
         restoration = f"{adapted.text} {restoration}" if adapted else restoration
-        measured = _measure(recipe, folder, test, place)
+        measured = _measure(choice.plan, folder, test, place)
         calibration = public.fetched if public else None
         shown = aliased(prepared)
         fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
@@ -152,8 +154,8 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
     for file, records in sorted(by_file.items()):
         only = {record.name for record in records}
         (folder / file).unlink(missing_ok=True)  # a search writes again what a network may still have mapped
-        stream = fuse.run(plan, only=only, device=device, observe=gram.add, survey=survey)
-        shown = progress(stream, text=f"merge {file}", total=len(records), unit="tensor")
+        stream = fuse.pieces(plan, only=only, device=device, gram=gram, survey=survey)
+        shown = progress(stream, text=f"merge {file}", unit="piece")
         hashes += tensors.write_file(folder / file, records, shown)
     if list(by_file) != [tensors.MODEL_FILE]:
         _write_index(plan, folder, by_file)
@@ -166,13 +168,17 @@ def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Recor
     (folder / tensors.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _measure(recipe: Recipe, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:
-    """The metrics of the written model, loaded as its users will load it."""
-    if images is None or recipe.evaluate is None:
-        models.refuse_unloadable(folder)
+def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:
+    """The metrics of the written model, loaded as its users will load it; without images it is only held to the plan.
+
+    A network that was restored has been loaded by then. Else the files have the names, shapes and types of the base,
+    which its users load already, and no framework needs to be started to see that.
+    """
+    if images is None or plan.recipe.evaluate is None:
+        models.refuse_other_tensors(folder, {step.name: step.record for step in plan.steps}, plan.labels)
         return None
     network = models.load(folder, device=device)
-    return evaluation.evaluate_network(network, images, batch_size=recipe.evaluate.batch_size)
+    return evaluation.evaluate_network(network, images, batch_size=plan.recipe.evaluate.batch_size)
 
 
 def _describe(fusion: Fusion, folder: Path) -> None:

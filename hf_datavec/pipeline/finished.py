@@ -43,7 +43,7 @@ def geometry_of(
     fused = {step.name for step in prepared.plan.steps if step.role in (Role.WEIGHT, Role.HEAD)}
     if not fused <= set(stored.records):
         return None
-    for name, tensor in fuse.run(prepared.plan, only=fused, device=device, observe=gram.add):
+    for name, tensor in fuse.run(prepared.plan, only=fused, device=device, gram=gram):
         if not torch.equal(stored.read(name), tensor):
             return None
     return gram.geometry()

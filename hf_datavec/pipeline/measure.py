@@ -8,9 +8,10 @@ from pathlib import Path
 from hf_datavec import evaluate as evaluation
 from hf_datavec import hub, models, report
 from hf_datavec.checkpoint import Role, open_checkpoint
+from hf_datavec.combine import SLICE
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
-from hf_datavec.geometry import Geometry, Gram
+from hf_datavec.geometry import Geometry, Gram, products
 from hf_datavec.hub import Fetched
 from hf_datavec.images import open_images
 from hf_datavec.pipeline import device as devices
@@ -86,5 +87,7 @@ def _geometry(vectors: list[TaskVector], names: list[str]) -> Geometry:
 
     gram = Gram()
     for name in progress(sorted(names), text="inspect", total=len(names), unit="tensor"):
-        gram.add(torch.stack([vector.read(name).reshape(-1) for vector in vectors]))
+        rows = torch.stack([vector.read(name).reshape(-1) for vector in vectors])
+        for part in rows.split(SLICE, dim=1):
+            gram.include(products(part))
     return gram.geometry()

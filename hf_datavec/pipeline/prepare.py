@@ -17,6 +17,7 @@ from hf_datavec.images import ImageSet, open_images
 from hf_datavec.plan import Contribution, Plan
 from hf_datavec.recipe import Evaluate, LockedInput, Measured, ModelEntry, Recipe, VectorEntry
 from hf_datavec.staging import refuse_existing
+from hf_datavec.threads import import_ahead
 from hf_datavec.tuned import fitted
 from hf_datavec.vector import TunedDifferences, open_vector
 
@@ -59,6 +60,8 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
     base = hub.fetch(references[0], headers_only=headers_only)
     with hub.naming(base):
         checkpoint = open_checkpoint(base.folder)
+    if not headers_only:
+        import_ahead("torch")  # while digests are computed
     contributions, errors = _contributions(recipe, references[1:], checkpoint, headers_only)
     raise_all([*errors, *_reference_errors(recipe, path.absolute().parent, checkpoint)])
     with hub.naming(base, *(one.fetched for one in contributions)):

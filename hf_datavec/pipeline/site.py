@@ -21,6 +21,7 @@ from hf_datavec.pipeline import device as devices
 from hf_datavec.progress import progress
 from hf_datavec.second_moments import Kind
 from hf_datavec.staging import partial_path, refuse_existing, staged
+from hf_datavec.threads import import_ahead
 from hf_datavec.tuned import open_tuned
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def diff(
     if observed is not None and not place.is_dir():
         hint = "give the folder with config.json and model.safetensors"
         raise InputError(f"'{tuned}' is a file; second moments are measured on a model that can be run", hint=hint)
+    import_ahead("torch")  # while the base's digest is computed
     exact = vector.TunedDifferences(checkpoint, network)
     differences, noised = (exact, None) if noise is None else _noised(exact, noise, record, with_statistics)
     with staged(output) as folder:

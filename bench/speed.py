@@ -1,0 +1,353 @@
+"""Time merges by hf-datavec, mergekit, a naive script and plain copies, in turn, as whole processes.
+
+    python bench/speed.py --network vit-large --methods mean ties dare_ties median trimmed_mean \
+        --mergekit /tmp/mergekit/bin/mergekit-pytorch
+
+Networks are made once below `--work` (base, fine-tunes, vectors) and kept. Every program starts as a process of its
+own; a round runs each of them once on the same files, so that what slows one down slows the others down as well. Times
+are shown as median, minimum and maximum over the rounds, ratios are those within a round. Seconds of all processors say
+more than those that pass where other programs run as well. Memory is the peak of
+what is not file pages (RssAnon), looked at every 10 ms. `floor` reads all inputs and writes a file as large as the
+output through a small buffer, `torch` only imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = "model.safetensors"
+VIT = {"vit-base": (768, 12, 12, 3072), "vit-large": (1024, 24, 16, 4096)}
+# 7 billion parameters of a ViT, written as holes: files of full length that take no room, all values zero.
+SPARSE = {"vit-7b": (4096, 32, 32, 16384)}
+NETWORKS = (*VIT, "resnet-50", *SPARSE)
+# Fine-tunes move a weight by about this much.
+STEP = 1e-3
+
+FLOOR = """
+import os, sys
+buffer = memoryview(bytearray(2**20))
+output, *inputs = sys.argv[1:]
+with open(output, "wb", buffering=0) as target:
+    for number, name in enumerate(inputs):
+        with open(name, "rb", buffering=0) as source:
+            while got := source.readinto(buffer):
+                if number == 0:
+                    target.write(buffer[:got])
+"""
+TORCH = "import torch"
+# What a user would write in an afternoon; safetensors' own readers and writers, everything in float32.
+NAIVE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+method, output, base, *tuned = sys.argv[1:]
+base = load_file(base)
+tuned = [load_file(name) for name in tuned]
+names = [name for name, value in base.items() if value.is_floating_point()]
+count = len(tuned)
+if method == "ties":
+    vectors = [torch.cat([(one[name] - base[name]).flatten() for name in names]) for one in tuned]
+    for vector in vectors:
+        kept = int(0.2 * len(vector))
+        vector[vector.abs() < vector.abs().kthvalue(len(vector) - kept + 1).values] = 0
+    vectors = torch.stack(vectors)
+    sign = vectors.sum(0).sign()
+    agree = vectors.sign() == sign
+    merged = (vectors * agree).sum(0) / agree.sum(0).clamp(min=1)
+    parts = dict(zip(names, merged.split([base[name].numel() for name in names])))
+    result = {name: base[name] + parts[name].reshape(base[name].shape) for name in names}
+else:
+    result = {}
+    for name in names:
+        vectors = torch.stack([one[name] - base[name] for one in tuned])
+        if method == "mean":
+            merged = vectors.mean(0)
+        elif method == "median":
+            merged = vectors.quantile(0.5, dim=0) if vectors.numel() < 2**24 else vectors.sort(0).values[
+                (count - 1) // 2 : count // 2 + 1].mean(0)
+        elif method == "trimmed_mean":
+            merged = vectors.sort(0).values[1:-1].mean(0)
+        elif method == "dare_ties":
+            vectors = vectors * torch.bernoulli(torch.full_like(vectors, 0.5)) / 0.5
+            sign = vectors.sum(0).sign()
+            agree = vectors.sign() == sign
+            merged = (vectors * agree).sum(0) / agree.sum(0).clamp(min=1)
+        result[name] = base[name] + merged
+save_file({**base, **result}, output, metadata={"format": "pt"})
+"""
+METHODS = ("mean", "ties", "dare_ties", "median", "trimmed_mean")
+OPTIONS = {"ties": {"density": 0.2}, "dare_ties": {"density": 0.5}}
+# What mergekit calls the same; it has no coordinate-wise median or trimmed mean.
+MERGEKIT = {"mean": "linear", "ties": "ties", "dare_ties": "dare_ties"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds that passed, seconds of all processors, and the peak of anonymous memory, in bytes, of one process."""
+
+    seconds: float
+    processor: float
+    memory: float
+
+
+def make(network: str, folder: Path, count: int, tuned: int) -> None:
+    """Write what is missing of the base, `tuned` fine-tuned models and `count` vectors."""
+    if not (folder / "base" / MODEL).exists():
+        write_base(network, folder / "base")
+    for number in range(count):
+        model, vector = folder / f"tuned-{number}", folder / f"vector-{number}"
+        if network in SPARSE:
+            write_hollow_vector(folder, vector)
+            continue
+        if vector.exists() and (number >= tuned or model.exists()):
+            continue
+        if not model.exists():
+            tune(folder / "base", model, number)
+        if not vector.exists():
+            subprocess.run([*ours("diff"), "base", model.name, "-o", vector.name], cwd=folder, check=True)
+        if number >= tuned:
+            shutil.rmtree(model)
+
+
+def write_base(network: str, folder: Path) -> None:
+    """A network with random weights, saved by transformers; of a sparse one the header and a hole."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    transformers.ViTImageProcessor().save_pretrained(folder)
+    if network == "resnet-50":
+        transformers.ResNetForImageClassification(transformers.ResNetConfig(**names)).save_pretrained(folder)
+        return
+    hidden, layers, heads, intermediate = (VIT | SPARSE)[network]
+    config = transformers.ViTConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate, **names
+    )
+    if network in VIT:
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
+        return
+    # One layer tells the names and shapes of all.
+    config.num_hidden_layers = 1
+    with tempfile.TemporaryDirectory() as small:
+        transformers.ViTForImageClassification(config).save_pretrained(small)
+        shapes = {name: shape for name, (shape, _) in read_header(Path(small) / MODEL).items()}
+    config.num_hidden_layers = layers
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(folder)
+    wide = {}
+    for name, shape in shapes.items():
+        places = range(layers) if ".layer.0." in name or ".layers.0." in name else (0,)
+        for layer in places:
+            wide[name.replace(".layer.0.", f".layer.{layer}.").replace(".layers.0.", f".layers.{layer}.")] = shape
+    write_hole(folder / MODEL, wide, "BF16", 2)
+
+
+def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Shapes and types of a safetensors file."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: (entry["shape"], entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def write_hole(path: Path, shapes: dict[str, list[int]], dtype: str, width: int) -> None:
+    """A safetensors file of zeros that takes no room."""
+    header, end = {}, 0
+    for name in sorted(shapes):
+        size = width
+        for length in shapes[name]:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_hollow_vector(folder: Path, vector: Path) -> None:
+    """The vector of a sparse network to itself, by the package's own code, with a hole for its zeros."""
+    if vector.exists():
+        return
+    subprocess.run([*ours("diff"), "base", "base", "-o", vector.name], cwd=folder, check=True)
+    # The same bytes as holes: cp looks for zeros.
+    file = vector / "vector.safetensors"
+    subprocess.run(["cp", "--sparse=always", file, f"{file}.sparse"], check=True)
+    os.replace(f"{file}.sparse", file)
+
+
+def tune(base: Path, folder: Path, seed: int) -> None:
+    """A copy of a network whose weights have moved at random."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    random = torch.Generator().manual_seed(seed)
+    tensors = load_file(base / MODEL)
+    for name, value in sorted(tensors.items()):
+        if value.is_floating_point() and "running" not in name:
+            tensors[name] = value + STEP * torch.randn(value.shape, generator=random)
+    folder.mkdir()
+    for file in base.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+
+
+def ours(command: str) -> list[str]:
+    """The command line of hf-datavec."""
+    return [sys.executable, "-m", "hf_datavec", command]
+
+
+def programs(folder: Path, method: str, count: int, mergekit: str | None) -> dict[str, list[str]]:
+    """The command of each program that is compared; each writes `out` or into it."""
+    models = [f"tuned-{number}" for number in range(count) if (folder / f"tuned-{number}").exists()]
+    files = [f"{name}/{MODEL}" for name in ("base", *models)]
+    vectors = [f"vector-{number}/vector.safetensors" for number in range(count)]
+    found = {
+        "floor": [sys.executable, "-c", FLOOR, "out", f"base/{MODEL}", *vectors],
+        "torch": [sys.executable, "-c", TORCH],
+        "hf-datavec": [*ours("merge"), write_recipe(folder, method, vector=[f"./vector-{n}" for n in range(count)])],
+    }
+    found["hf-datavec"] += ["-o", "out"]
+    if len(models) == count:
+        recipe = write_recipe(folder, method, model=[f"./{name}" for name in models])
+        found["hf-datavec, models"] = [*ours("merge"), recipe, "-o", "out"]
+        found["naive"] = [sys.executable, "-c", NAIVE, method, "out", *files]
+    if mergekit and method in MERGEKIT and len(models) == count:
+        found["mergekit"] = [mergekit, "--quiet", write_mergekit(folder, method, files), "out"]
+        found["mergekit, async"] = [*found["mergekit"], "--async-write"]
+    return found
+
+
+def write_recipe(folder: Path, method: str, **entries: list[str]) -> str:
+    """A recipe over vectors or models."""
+    ((kind, places),) = entries.items()
+    path = folder / f"{kind}-{method}-{len(places)}.yaml"
+    merge = {"method": method, "options": OPTIONS.get(method, {})}
+    vectors = [{kind: place, "name": f"{kind}-{number}"} for number, place in enumerate(places)]
+    path.write_text(json.dumps({"base": "./base", "vectors": vectors, "merge": merge}), "utf-8")
+    return path.name
+
+
+def write_mergekit(folder: Path, method: str, files: list[str]) -> str:
+    """mergekit's configuration of the same merge."""
+    path = folder / f"mergekit-{method}.yaml"
+    parameters = {"weight": 1.0, **OPTIONS.get(method, {})}
+    models = [{"model": str(folder / name), "parameters": parameters} for name in files[1:]]
+    config = {"merge_method": MERGEKIT[method], "models": models, "dtype": "float32"}
+    if method != "mean":
+        config |= {"base_model": str(folder / files[0]), "parameters": {"normalize": True}}
+    path.write_text(json.dumps(config), "utf-8")
+    return path.name
+
+
+def timed(command: list[str], folder: Path) -> Run:
+    """Run one program to its end, in a folder without output. Raises: SystemExit when it fails."""
+    for place in ("out",):
+        remove(folder / place)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    begun = time.monotonic()
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=told, stderr=subprocess.STDOUT)
+        peak = [0.0]
+        watcher = threading.Thread(target=watch, args=(process.pid, peak))
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - begun
+        process.returncode = status
+        watcher.join()
+        if status:
+            told.seek(0)
+            raise SystemExit(f"{command} failed:\n{told.read().decode()[-3000:]}")
+    remove(folder / "out")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak[0])
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def watch(pid: int, peak: list[float]) -> None:
+    """Keep the largest anonymous memory of a process until it ends."""
+    while True:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return
+        found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+        if not found:  # it has ended and waits to be asked for
+            return
+        peak[0] = max(peak[0], 1024.0 * int(found[0]))
+        time.sleep(0.01)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median (minimum to maximum)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def compare(folder: Path, method: str, options: argparse.Namespace) -> None:
+    """Run all programs for one method, and print its table."""
+    found: dict[str, list[Run]] = {}
+    chosen = programs(folder, method, options.vectors, options.mergekit)
+    for number in range(options.rounds):
+        for name, command in chosen.items():
+            if not name.startswith("mergekit") or number < options.mergekit_rounds:
+                found.setdefault(name, []).append(timed(command, folder))
+    print(f"\n{options.network}, {method}, base + {options.vectors}, {options.rounds} rounds")
+    print("| program | seconds | to the floor | to hf-datavec | processor seconds | peak MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, runs in found.items():
+        seconds = [run.seconds for run in runs]
+        to_floor = [run.seconds / floor.seconds for run, floor in zip(runs, found["floor"], strict=False)]
+        to_ours = [run.seconds / one.seconds for run, one in zip(runs, found["hf-datavec"], strict=False)]
+        rest = (spread(to_floor), spread(to_ours), spread([run.processor for run in runs], 1))
+        memory = max(run.memory for run in runs) / 1e6
+        print(f"| {name} | {spread(seconds)} | {' | '.join(rest)} | {memory:.0f} |", flush=True)
+
+
+def machine() -> Iterator[str]:
+    """What the times were measured on."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    yield f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    yield f"command: python bench/speed.py {' '.join(sys.argv[1:])}"
+
+
+def main() -> None:
+    """Make the networks, run the rounds, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="vit-base")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["mean"])
+    parser.add_argument("--vectors", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mergekit", help="mergekit-pytorch in an environment of its own")
+    parser.add_argument("--mergekit-rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "hf-datavec-bench")
+    options = parser.parse_args()
+    folder = options.work.absolute() / options.network
+    folder.mkdir(parents=True, exist_ok=True)
+    make(options.network, folder, options.vectors, options.vectors)
+    for line in machine():
+        print(line)
+    for method in options.methods:
+        compare(folder, method, options)
+
+
+if __name__ == "__main__":
+    main()

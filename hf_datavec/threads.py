@@ -1,0 +1,62 @@
+"""Work done ahead by several threads, and handed over in its order, so that results do not depend on their number."""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Thread
+from typing import Generic, TypeVar
+
+Result = TypeVar("Result")
+
+# What tasks that run or wait to be handed over may hold together; a task that takes more runs alone. Some pieces for
+# each of a few threads, and small beside the libraries themselves.
+MOST_BYTES = 128 * 2**20
+# Tasks for each thread that run or wait: one that runs, one that is done, and one that is about to start.
+AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[Result]):
+    """Something to compute, and the memory that it takes until its result is let go."""
+
+    compute: Callable[[], Result]
+    nbytes: int
+
+
+def import_ahead(*modules: str) -> None:
+    """Import large libraries beside other work, such as reading files, that does not need them yet."""
+
+    def load() -> None:
+        for module in modules:
+            importlib.import_module(module)
+
+    Thread(target=load, name="imports").start()
+
+
+def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None) -> Iterator[Result]:
+    """The results of tasks in their order, while later ones are computed by as many threads as torch may use.
+
+    Within a task torch runs on one thread. An error of a task is raised in its turn, and those after it are dropped.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    count = threads or before
+    pool = ThreadPoolExecutor(count, "tensors", torch.set_num_threads, (1,))
+    waiting: deque[tuple[int, Future[Result]]] = deque()
+    try:
+        for task in tasks:
+            while waiting and (
+                len(waiting) >= AHEAD * count or sum(held for held, _ in waiting) + task.nbytes > MOST_BYTES
+            ):
+                yield waiting.popleft()[1].result()
+            waiting.append((task.nbytes, pool.submit(task.compute)))
+        while waiting:
+            yield waiting.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what a thread sets is what later threads begin with

@@ -1,0 +1,99 @@
+"""What a command may take: libraries that it starts, and memory beyond the files that it maps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from networks import make_network, make_vector, save_with, tune, write_recipe
+
+FRAMEWORKS = ("transformers", "timm", "datasets", "torchvision", "accelerate")
+# Prints the large libraries that a command has imported by its end.
+WATCHED = """
+import sys
+from hf_datavec.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print([name for name in ("torch", *{frameworks}) if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    base = make_network("resnet", folder / "base")
+    for seed in range(3):
+        tune(base, folder / f"tuned-{seed}", seed=seed)
+        make_vector(base, folder / f"tuned-{seed}", folder / f"site-{seed}")
+    vectors = ["./site-0", "./site-1", {"model": "./tuned-2"}]
+    for method in ("mean", "ties", "krum"):
+        sites = [*vectors, "./site-2", {"vector": "./site-1", "name": "again"}]
+        write_recipe(folder / f"{method}.yaml", base="./base", vectors=sites, merge={"method": method})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "allowed"),
+    [
+        (["--help"], []),
+        (["methods"], []),
+        (["schema"], []),
+        (["plan", "mean.yaml"], []),
+        (["diff", "base", "tuned-0", "-o", "vector"], ["torch"]),
+        (["merge", "mean.yaml", "-o", "fused-mean"], ["torch"]),
+        (["merge", "ties.yaml", "-o", "fused-ties"], ["torch"]),
+        (["merge", "krum.yaml", "-o", "fused-krum"], ["torch"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if value and value[0] != "torch" else None,
+)
+def test_a_command_starts_no_library_that_it_does_not_need(command, allowed, study):
+    program = WATCHED.format(frameworks=FRAMEWORKS)
+    done = subprocess.run([sys.executable, "-c", program, *command], cwd=study, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().split("\n")[-1] == str(allowed)
+
+
+def peak(command: list[str], folder: Path) -> int:
+    """The largest memory of a process that is not file pages, in bytes."""
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL)
+    found = 0
+    while process.poll() is None:
+        try:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        except OSError:
+            break
+        found = max([found, *(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.003)
+    assert process.wait() == 0
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of memory")
+def test_a_merge_takes_little_memory_beyond_its_files_however_many_vectors_there_are(tmp_path):
+    large = torch.zeros(2048, 4096)  # 34 MB
+    base = make_network("vit", tmp_path / "small")
+    base = save_with(base, tmp_path / "base", {"vit.large.weight": large, "classifier.weight": torch.zeros(3, 16)})
+    random = torch.Generator().manual_seed(0)
+    for site in range(8):
+        moved = {"vit.large.weight": torch.randn(large.shape, generator=random), "classifier.weight": torch.ones(3, 16)}
+        make_vector(base, save_with(base, tmp_path / "tuned", moved), tmp_path / f"site-{site}")
+    torch_alone = peak(["-c", "import torch"], tmp_path)
+    peaks = {}
+    for method, count in (("mean", 2), ("mean", 8), ("ties", 8), ("median", 8)):
+        recipe = {"base": "./base", "vectors": [f"./site-{n}" for n in range(count)], "merge": {"method": method}}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        command = ["-m", "hf_datavec", "merge", "recipe.yaml", "-o", f"fused-{method}-{count}"]
+        peaks[method, count] = peak(command, tmp_path) - torch_alone
+    # The inputs are 306 MB; what remains is other libraries, and pieces of a few megabytes.
+    assert max(peaks.values()) < 150 * MEGABYTE, peaks
+    assert peaks["mean", 8] - peaks["mean", 2] < large.nbytes, peaks
