@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_datavec import probe
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
 from hf_datavec.models import Network, normalization_layers
@@ -41,6 +42,7 @@ class Settings:
     class_balanced: bool = False
     freeze: tuple[str, ...] = ()
     seed: int = 0
+    probe_steps: int = 0  # of the head alone, before everything is trained
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
@@ -57,6 +59,10 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     counts = Counter(network.labels[row] for row in rows)
     examples = {label: counts[label] for label in network.labels}
     resume = _resume_from(folder, base, images, settings)
+    loss = cross_entropy(rows, len(network.labels), balanced=settings.class_balanced)
+    if settings.probe_steps and resume is None:
+        probe.fit(network, base, images, lambda logits, targets: loss({"logits": logits}, targets),
+                  steps=settings.probe_steps)  # fmt: skip
     _freeze(network, base, settings.freeze)
     trainer = Trainer(
         model=network.module,
@@ -64,7 +70,7 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
         train_dataset=_examples(network, images, rows),
         data_collator=_collate,
         # Given even when plain, since a network with a teacher's head computes no loss of its own.
-        compute_loss_func=_cross_entropy(rows, len(network.labels), balanced=settings.class_balanced),
+        compute_loss_func=loss,
     )
     _without_console(trainer)
     try:
@@ -156,7 +162,7 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Callable[..., torch.Tensor]:
+def cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Callable[..., torch.Tensor]:
     """The loss; `balanced` lets every class present weigh alike, n / (classes * count), as in scikit-learn."""
     import torch
 

@@ -14,6 +14,7 @@ from hf_datavec.recipe.problems import method_problems, sense_problems, told
 from hf_datavec.recipe.schema import schema
 from hf_datavec.recipe.sections import (
     Evaluate,
+    Finite,
     LockedInput,
     Measured,
     Merge,
@@ -22,13 +23,15 @@ from hf_datavec.recipe.sections import (
     Recalibrate,
     Recipe,
     ScaleSearch,
+    Section,
+    Text,
     VectorEntry,
     WeightSearch,
 )
 
-__all__ = ["Evaluate", "LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recalibrate", "Recipe",
-           "ScaleSearch", "VectorEntry", "WeightSearch", "check", "load", "load_with_notes", "mergekit",
-           "schema"]  # fmt: skip
+__all__ = ["Evaluate", "Finite", "LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recalibrate",
+           "Recipe", "ScaleSearch", "Section", "Text", "VectorEntry", "WeightSearch", "check", "load",
+           "load_with_notes", "mergekit", "schema"]  # fmt: skip
 
 
 def load(path: Path) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -36,8 +36,9 @@ TAGS: dict[KeyPath, tuple[str, ...]] = {
 NEED_IMAGES = ("statistics", "relative", "repair", "tune")
 
 
-def told(document: Document, found: Any) -> LocatedError:
-    """A pydantic error in our words, at its place in the file."""
+def told(document: Document, found: Any, known_keys: Callable[[KeyPath, Any], list[str]] | None = None) -> LocatedError:
+    """A pydantic error in our words, at its place in the file; `known_keys` tells the keys that a path may have."""
+    known_keys = known_keys or _known_keys
     path = tuple(
         part
         for place, part in enumerate(found["loc"])
@@ -45,7 +46,7 @@ def told(document: Document, found: Any) -> LocatedError:
     )
     kind, value = found["type"], found.get("input")
     if kind == "extra_forbidden":
-        return _unknown_key(document, path, _known_keys(path[:-1], value_at(document.data, path[:-1])))
+        return _unknown_key(document, path, known_keys(path[:-1], value_at(document.data, path[:-1])))
     if kind == "missing":
         return document.problem(path[:-1], f"'{path[-1]}:' is missing", at="key")
     if kind == "literal_error":
@@ -128,14 +129,17 @@ def method_problems(document: Document) -> Iterator[LocatedError]:
         if isinstance(override, dict):
             places.append((("merge", "overrides", index), override.get("method", default)))
     for path, name in places:
-        if not isinstance(name, str):
-            continue
-        if name not in all_methods():
-            known = did_you_mean(name, all_methods())
-            if (*path, "method") in document.values:
-                yield document.problem((*path, "method"), f"there is no merge method '{name}'", hint=known)
-            continue
+        if isinstance(name, str):
+            yield from choice_problems(document, path, name)
+
+
+def choice_problems(document: Document, path: KeyPath, name: str) -> Iterator[LocatedError]:
+    """An unknown method in the mapping at `path`, or what is wrong with the options that are given for it there."""
+    if name in all_methods():
         yield from _option_problems(document, (*path, "options"), name)
+    elif (*path, "method") in document.values:
+        known = did_you_mean(name, all_methods())
+        yield document.problem((*path, "method"), f"there is no merge method '{name}'", hint=known)
 
 
 def _option_problems(document: Document, path: KeyPath, method: str) -> Iterator[LocatedError]:

@@ -13,7 +13,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping that knows its keys and their types; nothing else is let in."""
+
     # `strict`: the text "2" is no number here; YAML already knows the difference.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -29,7 +31,7 @@ def _known_length(value: Any) -> Any:
 Clip = Annotated[Literal["median"] | Annotated[float, Field(gt=0)], BeforeValidator(_known_length)]
 
 
-class VectorEntry(_Section):
+class VectorEntry(Section):
     """A site's vector; `weight` counts for methods that weigh, `name` is what tables call it."""
 
     vector: Text
@@ -38,7 +40,7 @@ class VectorEntry(_Section):
     name: Text | None = None
 
 
-class ModelEntry(_Section):
+class ModelEntry(Section):
     """A site's whole tuned model, whose vector is computed on the way."""
 
     model: Text
@@ -61,7 +63,7 @@ Entry = Annotated[
 ]
 
 
-class Override(_Section):
+class Override(Section):
     """Another method, options or scale for the tensors whose whole name matches a regular expression."""
 
     tensors: Text
@@ -70,7 +72,7 @@ class Override(_Section):
     scale: Finite | None = None
 
 
-class Measured(_Section):
+class Measured(Section):
     """Labelled public images that choices are measured on, and the metric that decides."""
 
     images: Text
@@ -105,7 +107,7 @@ Weights = Annotated[
 ]
 
 
-class Merge(_Section):
+class Merge(Section):
     """How the vectors are combined; `scale` is the lambda that the result is multiplied with.
 
     `clip` shortens every site's vector to at most this norm, or to at most the median of the sites' norms.
@@ -130,7 +132,7 @@ class Merge(_Section):
         return math.nan if isinstance(self.scale, ScaleSearch) else self.scale
 
 
-class Tune(_Section):
+class Tune(Section):
     """The steps of mode `tune`; without `loss`, labels are used where the images have them, else entropy."""
 
     parameters: Literal["affine", "all"] = "affine"
@@ -140,7 +142,7 @@ class Tune(_Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
 
 
-class Recalibrate(_Section):
+class Recalibrate(Section):
     """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone."""
 
     mode: Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"] = "statistics"
@@ -161,7 +163,7 @@ class Recalibrate(_Section):
         return self.mode not in ("none", "moments") and self.images is not None
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """Labelled images that the fused model is measured on."""
 
     images: Text
@@ -169,7 +171,7 @@ class Evaluate(_Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
-class Push(_Section):
+class Push(Section):
     """Where the fused model goes: a Hub repo or a local folder; `create_pr` proposes it instead."""
 
     repo: Text
@@ -178,7 +180,7 @@ class Push(_Section):
     create_pr: bool = False
 
 
-class LockedInput(_Section):
+class LockedInput(Section):
     """The commit and the content digest of one input."""
 
     reference: Text
@@ -186,7 +188,7 @@ class LockedInput(_Section):
     digest: Text | None = None
 
 
-class Lock(_Section):
+class Lock(Section):
     """What a run really used, so that it can be had again."""
 
     base: LockedInput
@@ -199,7 +201,7 @@ class Lock(_Section):
     tools: dict[str, str]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A merge: base, vectors, how to combine, restore and measure, and where the result goes.
 
     With `aliases` the fused model's folder names the sites site-1, site-2, ... and no repo of theirs.
