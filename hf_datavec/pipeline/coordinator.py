@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_datavec import automatic, fuse, hub, models, report, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
-from hf_datavec import fuse, hub, models, report, study_base, tensors, variants
 from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
@@ -73,6 +73,10 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     public, test = calibration_images(prepared), evaluation_images(prepared)
     labelled, learning = search_images(prepared), learning_images(prepared)
     place = devices.choose(device)
+    resolved, why = automatic.resolve(prepared.plan)
+    prepared = replace(prepared, plan=resolved)
+    if why:
+        log.info("%s", why)
     if pushing and (geometry := finished.geometry_of(output, prepared, public, test, place)):
         return _handed_over(prepared, output, geometry)
     refuse_existing(output)
@@ -97,7 +101,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         choosing.clear(folder)
-        restoration = f"{adapted.text} {restoration}" if adapted else restoration
+        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
         measured = _measure(recipe, folder, test, place)
         calibration = public.fetched if public else None
         shown = aliased(prepared)

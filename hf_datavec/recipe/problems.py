@@ -12,6 +12,7 @@ from hf_datavec.errors import did_you_mean
 from hf_datavec.located import Document, KeyPath, LocatedError
 from hf_datavec.methods import all_methods, options_model
 from hf_datavec.recipe.sections import (
+    AUTO,
     Evaluate,
     Lock,
     Merge,
@@ -34,6 +35,13 @@ TAGS: dict[KeyPath, tuple[str, ...]] = {
 }
 # The modes that measure something on images; `auto` takes them if there are any.
 NEED_IMAGES = ("statistics", "relative", "repair", "tune")
+# The methods whose length follows from the vectors' inner products, so that `scale: auto` can be told.
+LENGTHS_KNOWN = ("sum", "mean")
+
+
+def unknown_length(method: str) -> str:
+    """Why `scale: auto` cannot be told for a method."""
+    return f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{method}'"
 
 
 def told(document: Document, found: Any, known_keys: Callable[[KeyPath, Any], list[str]] | None = None) -> LocatedError:
@@ -135,7 +143,18 @@ def method_problems(document: Document) -> Iterator[LocatedError]:
 
 def choice_problems(document: Document, path: KeyPath, name: str) -> Iterator[LocatedError]:
     """An unknown method in the mapping at `path`, or what is wrong with the options that are given for it there."""
-    if name in all_methods():
+    if name == AUTO and "overrides" in path:
+        problem = "'auto' looks at whole vectors"
+        yield document.problem((*path, "method"), problem, hint="name a method here, or use auto as merge.method")
+    elif name == AUTO:
+        if value_at(document.data, (*path, "options")):
+            problem = "method: auto has no options"
+            yield document.problem((*path, "options"), problem, at="key", hint="name a method to give it options")
+        scale = value_at(document.data, (*path, "scale"))
+        if scale not in (None, AUTO):
+            hint = "leave it out, or name a method: sum takes any scale"
+            yield document.problem((*path, "scale"), "method: auto chooses the scale as well", hint=hint)
+    elif name in all_methods():
         yield from _option_problems(document, (*path, "options"), name)
     elif (*path, "method") in document.values:
         known = did_you_mean(name, all_methods())
@@ -164,6 +183,11 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if weighed and recipe.merge.weights == "examples":
         where: KeyPath = ("vectors", weighed[0], "weight")
         yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
+    if recipe.merge.scale == AUTO and recipe.merge.method not in (AUTO, *LENGTHS_KNOWN):
+        problem = (
+            f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{recipe.merge.method}'"
+        )
+        yield document.problem(("merge", "scale"), problem, hint="give a number, or {search: [...], images: ...}")
     methods = (recipe.merge.method, *(override.method or "" for override in recipe.merge.overrides))
     counting = [name for name in methods if name in all_methods() and all_methods()[name].needs_counts]
     if weighed and counting:

@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Chosen from the vectors' geometry (docs/choosing.md).
+AUTO = "auto"
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -100,7 +102,18 @@ def _searches(value: Any) -> str:
     return "<search>" if isinstance(value, (dict, Measured)) else "<value>"
 
 
-Scale = Annotated[Annotated[Finite, Tag("<value>")] | Annotated[ScaleSearch, Tag("<search>")], Discriminator(_searches)]
+def _known_scale(value: Any) -> Any:
+    # Said in one sentence; a union of two types would give one message for each.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value == AUTO or number:
+        return value
+    raise PydanticCustomError("scale", "expected 'auto' or a finite number")
+
+
+ScaleValue = Annotated[Literal["auto"] | Finite, BeforeValidator(_known_scale)]
+Scale = Annotated[
+    Annotated[ScaleValue, Tag("<value>")] | Annotated[ScaleSearch, Tag("<search>")], Discriminator(_searches)
+]
 Weights = Annotated[
     Annotated[Literal["equal", "examples"], Tag("<value>")] | Annotated[WeightSearch, Tag("<search>")],
     Discriminator(_searches),
@@ -128,8 +141,14 @@ class Merge(Section):
 
     @property
     def factor(self) -> float:
-        """The scale; NaN as long as it is searched for."""
-        return math.nan if isinstance(self.scale, ScaleSearch) else self.scale
+        """The scale; NaN as long as it is searched for or `auto`."""
+        known = isinstance(self.scale, (int, float)) and self.method != AUTO
+        return float(self.scale) if known else math.nan  # type: ignore[arg-type]
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the vectors' geometry decides; `method: auto` brings its own scale."""
+        return AUTO in (self.method, self.scale)
 
 
 class Tune(Section):

@@ -23,7 +23,7 @@ RESAMPLES = 1000
 
 
 def student(freedom: int) -> float:
-    """The quantile 0.975 of Student's t; beyond the table by the expansion in 1 / freedom, good to 1e-3.
+    """The quantile 0.975 of Student's t; beyond the table by the expansion in 1 / freedom, good to 3e-3.
 
     Source: Abramowitz and Stegun 1964, 26.7.5.
     """

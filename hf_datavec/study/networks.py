@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import fuse, models
+from hf_datavec import automatic, fuse, models
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.finetune import Settings
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline import lock, site
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
+from hf_datavec.recipe import AUTO
 from hf_datavec.study.partition import PUBLIC, TEST, Division
 from hf_datavec.study.pictures import Part, Table, part
 from hf_datavec.study.sections import Combining, Study
@@ -128,13 +129,17 @@ class Seed:
         recipe = {
             "base": _relative(base or self.place.base, self.folder),
             "vectors": entries,
-            "merge": {"method": merge.method, "scale": merge.scale, "options": merge.options,
-                      "weights": merge.weights, "seed": self.number},
-        }  # fmt: skip
+            "merge": {
+                "method": merge.method,
+                **({} if merge.method == AUTO else {"scale": merge.scale, "options": merge.options}),
+                "weights": merge.weights,
+                "seed": self.number,
+            },
+        }
         file = self.folder / "recipes" / f"{slug(merge.name)}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(lock.dump(recipe), "utf-8")
-        return prepare(file).plan
+        return automatic.resolve(prepare(file).plan)[0]
 
     def merged(self, plan: Plan) -> models.Network:
         """The shared network with the fused weights and the base's statistics."""

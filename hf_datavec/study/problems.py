@@ -10,11 +10,9 @@ from pydantic import BaseModel
 
 from hf_datavec.located import Document, KeyPath, LocatedError
 from hf_datavec.methods import all_methods
-from hf_datavec.recipe.problems import choice_problems, value_at
+from hf_datavec.recipe import AUTO
+from hf_datavec.recipe.problems import LENGTHS_KNOWN, choice_problems, unknown_length, value_at
 from hf_datavec.study.sections import Combining, Study
-
-# Chosen from the vectors' geometry, see docs/choosing.md; no method of the registry.
-AUTO = "auto"
 
 
 def known_keys(path: KeyPath, _: Any) -> list[str]:
@@ -47,7 +45,7 @@ def merge_problems(document: Document) -> Iterator[LocatedError]:
         if not isinstance(entry, dict):
             continue
         name = entry.get("method", Combining().method)
-        if isinstance(name, str) and name != AUTO:
+        if isinstance(name, str):
             yield from choice_problems(document, path, name)
 
 
@@ -94,10 +92,26 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
         if one.name in names:
             yield document.problem(("merges", index), f"'{one.name}' is given twice")
         names.append(one.name)
-        if one.method == AUTO or one.scale == AUTO:
-            continue
-        found = all_methods().get(one.method)
-        if found and (found.learned or found.from_sites):
-            problem = f"a study has no images to learn '{one.method}' on"
-            hint = "merge the kept vectors with a recipe for it: hf-datavec merge RECIPE"
-            yield document.problem(("merges", index, "method"), problem, hint=hint)
+        yield from _merge_problems(document, study, ("merges", index), one)
+    if study.relay:
+        yield from _merge_problems(document, study, ("relay", "merge"), study.relay.merge)
+
+
+def _merge_problems(document: Document, study: Study, path: KeyPath, merge: Combining) -> Iterator[LocatedError]:
+    """What would stop the merge after hours of training."""
+    found = all_methods().get(merge.method)
+    if merge.scale == AUTO and merge.method not in (AUTO, *LENGTHS_KNOWN):
+        yield document.problem((*path, "scale"), unknown_length(merge.method))
+    if found is None:
+        return
+    where = (*path, "method")
+    if found.learned or found.from_sites:
+        hint = "merge the kept vectors with a recipe for it: hf-datavec merge RECIPE"
+        yield document.problem(where, f"a study has no images to learn '{merge.method}' on", hint=hint)
+    # How many sites a column makes is known when the images are.
+    reason = found.refuse(study.sites.count, merge.options) if study.sites.make != "column" else None
+    if reason:
+        yield document.problem(where, f"the method '{merge.method}' {reason}")
+    if merge.weights == "examples" and not found.uses_weights:
+        problem = f"the method '{merge.method}' ignores weights"
+        yield document.problem((*path, "weights"), problem, hint="use method: linear, or leave the weights out")

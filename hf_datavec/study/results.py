@@ -72,11 +72,11 @@ class Results:
     def markdown(self) -> str:
         """The table: percent, mean over seeds and the half-width of its 95 % interval."""
         header = ("row", *(name.replace("_", " ") for name in METRICS))
-        rows = [(line.text, *(_cell(line.estimate(name)) for name in METRICS)) for line in self.lines]
+        rows = [(line.text, *(cell(line.estimate(name)) for name in METRICS)) for line in self.lines]
         return markdown_table(header, rows)
 
-    def tested(self) -> str:
-        """The tests as a table: difference of means in points, seeds won, p of each seed."""
+    def tested(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The tests as header and rows: difference of means in points, seeds won, p of each seed."""
         rows = [
             (
                 f"{one.text} against {one.against}",
@@ -90,7 +90,7 @@ class Results:
             for one in self.tests
         ]
         header = ("pair, on the same test images", "accuracy", "balanced accuracy", "seeds won", "McNemar's p")
-        return markdown_table(header, rows)
+        return header, rows
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
@@ -119,7 +119,7 @@ class Results:
         """Write `results.json` and the tables."""
         (folder / RESULTS_FILE).write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
         text = f"# Results\n\nPercent, mean over seeds {list(self.seeds)} and the half-width of its 95 % interval.\n\n"
-        (folder / TABLE_FILE).write_text(f"{text}{self.markdown()}\n\n{self.tested()}\n", "utf-8")
+        (folder / TABLE_FILE).write_text(f"{text}{self.markdown()}\n\n{markdown_table(*self.tested())}\n", "utf-8")
 
 
 def _plain(data: Any) -> Any:
@@ -130,7 +130,8 @@ def _plain(data: Any) -> Any:
     return None if isinstance(data, float) and math.isnan(data) else data
 
 
-def _cell(found: Estimate) -> str:
+def cell(found: Estimate) -> str:
+    """A share in percent with the half-width of its interval."""
     if math.isnan(found.value):
         return "-"
     spread = "" if math.isnan(found.high) else f" ± {100 * (found.high - found.value):.1f}"

@@ -15,7 +15,7 @@ from hf_datavec.study.networks import Seed, slug
 from hf_datavec.study.restoring import Restorer
 from hf_datavec.study.sections import Combining
 
-FEDAVG, FEDAVG_MODE = Combining(method="mean", weights="examples"), "moments"
+FEDAVG, FEDAVG_MODE = Combining(method="linear", options={"normalize": True}, weights="examples"), "moments"
 
 
 def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:

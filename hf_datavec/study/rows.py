@@ -143,7 +143,7 @@ class Measuring:
         for merge in study.merges:
             for mode in study.restore:
                 yield self.get(Row(merge.name, "fused", mode), partial(self.fused, merge, mode))
-        scale = next((merge.scale for merge in study.merges if merge.scale != "auto"), 1.0)
+        scale = next((merge.scale for merge in study.merges if not isinstance(merge.scale, str)), 1.0)
         control = Combining(method="random", scale=scale)
         for mode in study.restore:
             yield self.get(Row("random vectors", "random", mode), partial(self.fused, control, mode))

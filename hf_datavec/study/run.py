@@ -15,7 +15,7 @@ from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import site
 from hf_datavec.samples import write_network
 from hf_datavec.staging import staged
-from hf_datavec.study import load
+from hf_datavec.study import load, page
 from hf_datavec.study.networks import Seed, Workplace
 from hf_datavec.study.partition import divide
 from hf_datavec.study.pictures import EMBEDDED, Table, open_table
@@ -58,6 +58,7 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
         _record(seed)
     results = measure(seeds)
     results.write(folder)
+    page.write(seeds, results, folder)
     return Outcome(folder, results)
 
 

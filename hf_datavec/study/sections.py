@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from hf_datavec.recipe import Finite, Section, Text
+from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text
 
 Mode = Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"]
 Scanner = Literal["faint", "inverted", "blurred", "shaded"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-
-
-def _scale(value: Any) -> Any:
-    # Said in one sentence; a union of two types would give one message for each.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value == "auto" or number:
-        return value
-    raise PydanticCustomError("scale", "expected 'auto' or a finite number")
 
 
 class Data(Section):
@@ -82,7 +72,7 @@ class Combining(Section):
     """One way to merge, as in a recipe's `merge:`."""
 
     method: Text = "sum"
-    scale: Annotated[float | Literal["auto"], BeforeValidator(_scale)] = 1.0
+    scale: ScaleValue = 1.0
     options: dict[str, Any] = Field(default_factory=dict)
     weights: Literal["equal", "examples"] = "equal"
 
@@ -91,7 +81,9 @@ class Combining(Section):
         """What tables call it."""
         options = "".join(f", {key} {value}" for key, value in self.options.items())
         weights = ", by examples" if self.weights == "examples" else ""
-        scale = self.scale if self.scale == "auto" else f"{self.scale:g}"
+        if self.method == AUTO:
+            return AUTO
+        scale = self.scale if isinstance(self.scale, str) else f"{self.scale:g}"
         return f"{self.method} x {scale}{options}{weights}"
 
 
