@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import make_images, make_network
+from ruamel.yaml import YAML
 
 from hf_datavec import models, study
 from hf_datavec.errors import InputError, InputErrors
@@ -26,6 +27,7 @@ from hf_datavec.study import comparison, partition, pictures
 from hf_datavec.study.rounds import FEDAVG
 from hf_datavec.study.sections import Combining, Study
 
+ROOT = Path(__file__).parent.parent
 MINIMAL = "data: {images: ./images}\nbase: ./pretrained\n"
 
 
@@ -88,6 +90,32 @@ def test_the_schema_knows_every_key_of_a_study(run):
     found = json.loads(outcome.out)
     assert found["title"] == "hf-datavec study"
     assert set(found["properties"]) == set(Study.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("study-*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_beside_the_recipes_are_right_for_the_parser_and_the_schema(path):
+    found = study.load(path)
+    assert found.merges[0].method == "auto"
+    assert not list(strange_keys(YAML(typ="safe").load(path.read_text()), study.schema(), study.schema()))
+
+
+def strange_keys(data, part, whole):
+    """The keys of data that a JSON Schema does not let in; enough of the standard for a study."""
+    options = part.get("anyOf", [part])
+    options = [whole["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in options]
+    if isinstance(data, list):
+        items = next(one["items"] for one in options if one.get("type") == "array")
+        for entry in data:
+            yield from strange_keys(entry, items, whole)
+    elif isinstance(data, dict):
+        found = next(one for one in options if one.get("type") == "object")
+        for key, value in data.items():
+            if key in found.get("properties", {}):
+                yield from strange_keys(value, found["properties"][key], whole)
+            elif found.get("additionalProperties") is not True:
+                yield key
+    elif "enum" in options[0] and data not in options[0]["enum"]:
+        yield data
 
 
 def a_table(groups: list[int], labels: list[int]) -> pictures.Table:
