@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec import automatic, fuse, hub, models, report, study_base, tensors, variants
+from hf_datavec import automatic, fuse, hub, lineage, models, report, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
 from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
@@ -16,6 +16,7 @@ from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
+from hf_datavec.lineage import Round
 from hf_datavec.pipeline import choosing, finished, lock
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
@@ -105,8 +106,11 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         measured = _measure(recipe, folder, test, place)
         calibration = public.fetched if public else None
         shown = aliased(prepared)
+        rounds = _rounds(prepared, restoration)
+        lineage.write(folder, rounds)
         fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
         sites = tuple(one.name for one in shown.plan.contributions)
+        fusion = replace(fusion, rounds=rounds)
         fusion = replace(fusion, search=replace(choice.search, sites=sites) if choice.search else None)
         if adapted is not None:
             replace(adapted, sites=sites).write(folder)
@@ -162,6 +166,23 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
     if list(by_file) != [tensors.MODEL_FILE]:
         _write_index(plan, folder, by_file)
     return tensors.combined_digest(hashes)
+
+
+def _rounds(prepared: Prepared, restoration: str) -> tuple[Round, ...]:
+    """The merges behind the fused model: those behind its base, and this one."""
+    plan = prepared.plan
+    merge, base = plan.recipe.merge, plan.base_fetched.reference.identity
+    return (
+        *lineage.read(plan.base.folder),
+        Round(
+            base=base,
+            digest=plan.base.tensors.digest,
+            sites=len(plan.contributions),
+            method=merge.method,
+            scale=merge.factor,
+            restoration=restoration,
+        ),
+    )
 
 
 def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Record]]) -> None:

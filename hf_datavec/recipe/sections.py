@@ -223,7 +223,8 @@ class Lock(Section):
 class Recipe(Section):
     """A merge: base, vectors, how to combine, restore and measure, and where the result goes.
 
-    With `aliases` the fused model's folder names the sites site-1, site-2, ... and no repo of theirs.
+    With `aliases` the fused model's folder names the sites site-1, site-2, ... and no repo of theirs. With `round` the
+    base must have been fused in that many rounds less one.
     """
 
     base: Text
@@ -235,6 +236,7 @@ class Recipe(Section):
     dtype: Dtype | None = None
     push: Push | None = None
     aliases: bool = False
+    round: Annotated[int, Field(ge=1)] | None = None
     lock: Lock | None = None
 
     @property
