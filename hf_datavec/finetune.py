@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from hf_datavec.images import ImageSet
 
+    Loss = Callable[..., torch.Tensor]
+
 TRAINING_FILE = "training.json"
 # Preprocessed pictures are kept when they fit; decoding them again each epoch can cost as much as training.
 KEPT_BYTES = 2**30
@@ -60,9 +62,8 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     examples = {label: counts[label] for label in network.labels}
     resume = _resume_from(folder, base, images, settings)
     loss = cross_entropy(rows, len(network.labels), balanced=settings.class_balanced)
-    if settings.probe_steps and resume is None:
-        probe.fit(network, base, images, lambda logits, targets: loss({"logits": logits}, targets),
-                  steps=settings.probe_steps)  # fmt: skip
+    if resume is None:
+        _probe(network, base, images, settings, loss)
     _freeze(network, base, settings.freeze)
     trainer = Trainer(
         model=network.module,
@@ -85,6 +86,20 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     _record(folder, settings, examples)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return examples
+
+
+def _probe(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, loss: Loss) -> None:
+    """The head alone first, so that the whole network does not start by following a head of zeros.
+
+    Source: Kumar et al. 2022, arXiv 2202.10054.
+    """
+    if settings.probe_steps:
+        alone = partial(_of_logits, loss)
+        probe.fit(network, base, images, alone, steps=settings.probe_steps)
+
+
+def _of_logits(loss: Loss, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return loss({"logits": logits}, rows)
 
 
 def _refuse_diverged(network: Network, folder: Path) -> None:
@@ -162,7 +177,7 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Callable[..., torch.Tensor]:
+def cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Loss:
     """The loss; `balanced` lets every class present weigh alike, n / (classes * count), as in scikit-learn."""
     import torch
 
