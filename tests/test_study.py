@@ -25,7 +25,7 @@ from hf_datavec.errors import InputError, InputErrors
 from hf_datavec.located import parse
 from hf_datavec.study import comparison, partition, pictures
 from hf_datavec.study.rounds import FEDAVG
-from hf_datavec.study.sections import Combining, Study
+from hf_datavec.study.sections import Study
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = "data: {images: ./images}\nbase: ./pretrained\n"
@@ -335,7 +335,7 @@ def test_fedavg_is_the_mean_of_the_sites_networks_by_image_counts(clinic, run):
         name = next(one for one in base if one.endswith(name))
         mean = sum(size * vector[name].double() for size, vector in zip(sizes, vectors, strict=True)) / sum(sizes)
         assert torch.allclose(fused[name].double(), base[name].double() + mean, atol=1e-6)
-    assert Combining(method="mean", weights="examples") == FEDAVG
+    assert FEDAVG.weights == "examples"
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

@@ -97,7 +97,7 @@ def _drift(measuring: Measuring, merge: Combining, mode: str) -> list[float]:
         name: recalibrate.Gaussian(layer.running_mean.double().clone(), layer.running_var.double().clone())
         for name, layer in recalibrate.layers_of(network).items()
     }
-    seen: Mapping[str, Channels] = recalibrate.observe(network, pictures(measuring.seed.test, network))
+    seen: Mapping[str, Channels] = recalibrate.observe(network, pictures(measuring.seed.test, network.preprocess))
     return [
         float(((stored[name].mean - one.mean).abs() / one.variance.clamp(min=1e-12).sqrt()).mean())
         for name, one in seen.items()

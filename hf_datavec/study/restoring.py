@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,17 +15,20 @@ from hf_datavec.study.pictures import Part
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+
+    Preprocess = Callable[[Image], torch.Tensor]
 
 BATCH = 64
 
 
-def pictures(images: Part, preprocess: models.Network, count: int | None = None) -> Pictures:
+def pictures(images: Part, preprocess: Preprocess, count: int | None = None) -> Pictures:
     """A part's images as networks take them, evenly spread when there are more than `count`."""
     number = min(count or len(images), len(images))
     chosen = [index * len(images) // number for index in range(number)]
 
     def load(indices: Sequence[int]) -> torch.Tensor:
-        return images.tensors(preprocess.preprocess, [chosen[index] for index in indices])
+        return images.tensors(preprocess, [chosen[index] for index in indices])
 
     return Pictures(number, load, BATCH)
 
@@ -53,19 +56,17 @@ class Restorer:
 
     @cached_property
     def _pictures(self) -> Pictures:
-        network, _ = next(iter(self.sites.networks()))
-        return pictures(self.public, network, self.count)
+        return pictures(self.public, models.preprocess(self.sites.base), self.count)
 
-    def mode(self, wanted: str) -> str:
+    @cached_property
+    def automatic(self) -> str:
         """The mode that `auto` stands for."""
-        if wanted != "auto":
-            return wanted
         domain = recalibrate.compare(self.sites, self._pictures)
         return restore.automatic(self.sites.shared, everyone=True, domain=domain, images=True)
 
     def apply(self, network: models.Network, wanted: str) -> None:
         """Restore a network in place, by a mode of the recipe."""
-        mode = self.mode(wanted)
+        mode = self.automatic if wanted == "auto" else wanted
         if mode == "none" or not models.normalization_layers(network.module):
             return
         recalibrate.assign(network, self._statistics(network, "statistics" if mode == "tune" else mode))
