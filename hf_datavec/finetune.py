@@ -44,7 +44,7 @@ class Settings:
     class_balanced: bool = False
     freeze: tuple[str, ...] = ()
     seed: int = 0
-    probe_steps: int = 0  # of the head alone, before everything is trained
+    probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
@@ -75,7 +75,8 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     )
     _without_console(trainer)
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if settings.epochs > 0:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except InputError:
         if not _complete(folder):  # nothing to go on from: the next run, with other images, starts anew
             shutil.rmtree(folder, ignore_errors=True)

@@ -61,6 +61,20 @@ def test_finetune_starts_from_the_probe(tmp_path, run):
     assert json.loads((tmp_path / "probed" / "training.json").read_text())["settings"]["probe_steps"] == 40
 
 
+def test_without_epochs_the_head_alone_is_trained(tmp_path, run):
+    make_network("test_resnet", tmp_path / "pretrained", labels=("a", "b"))
+    make_images(tmp_path / "images", each=4)
+    assert run("init", "./pretrained", "--labels", ",".join(LABELS), "-o", "base").code == 0
+    options = ("./base", "./images", "--epochs", "0", "--device", "cpu", "-o", "tuned")
+    outcome = run("finetune", *options)
+    assert outcome.code == 2
+    assert "no epochs and no probe steps: nothing would be trained" in outcome.err
+    assert run("finetune", *options, "--probe-steps", "20").code == 0
+    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned"))
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
+
+
 def test_a_head_of_several_layers_is_told(tmp_path):
     base = make_network("test_resnet", tmp_path / "base")
     network, checkpoint = models.load(base), open_checkpoint(base)

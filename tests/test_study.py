@@ -260,6 +260,7 @@ def write_study(folder: Path, **changed: object) -> None:
         "curve": [0.0, 1.0],
         "federated": {"rounds": 2},
         "relay": {"rounds": 2},
+        "heads": {"steps": 20},
         "output": "./results",
         **changed,
     }
@@ -276,7 +277,7 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
         "single site: mean", "single site: best", "single site, statistics: best", "linear probe, pooled",
         "output ensemble of the sites", "all data pooled, equal epochs", "all data pooled, equal steps",
         "sum x 0.5, none", "ties x 1, relative", "random vectors, statistics", "FedAvg, 2 rounds, moments",
-        "sum x 0.5, 2 rounds, statistics",
+        "sum x 0.5, 2 rounds, statistics", "sum x 0.5, then heads, statistics",
     ):  # fmt: skip
         assert name in names
         assert f"| {name} |" in first.out
@@ -303,7 +304,9 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
 
 
 def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
-    write_study(clinic, seeds=[3], federated=None, relay=None, restore=["none"], merges=[{"method": "ties"}])
+    write_study(
+        clinic, seeds=[3], federated=None, relay=None, heads=None, restore=["none"], merges=[{"method": "ties"}]
+    )
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-3"
     assert run("merge", folder / "recipes" / "ties_x_1.yaml", "-o", "fused").code == 0
@@ -320,7 +323,14 @@ def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
 def test_fedavg_is_the_mean_of_the_sites_networks_by_image_counts(clinic, run):
     from safetensors.torch import load_file
 
-    write_study(clinic, seeds=[0], relay=None, restore=["none"], sites={"make": "random", "count": 2, "shares": [3, 1]})
+    write_study(
+        clinic,
+        seeds=[0],
+        relay=None,
+        heads=None,
+        restore=["none"],
+        sites={"make": "random", "count": 2, "shares": [3, 1]},
+    )
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-0"
     place = next(folder.glob("rounds/*/round-1"))
@@ -338,17 +348,34 @@ def test_fedavg_is_the_mean_of_the_sites_networks_by_image_counts(clinic, run):
     assert FEDAVG.weights == "examples"
 
 
-def test_another_study_is_refused_in_the_same_folder(clinic, run):
-    write_study(clinic, seeds=[0], federated=None, relay=None)
+def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(clinic, run):
+    from safetensors.torch import load_file
+
+    write_study(clinic, seeds=[0], federated=None, relay=None, restore=["none"])
     assert run("study", "study.yaml", "--device", "cpu").code == 0
-    write_study(clinic, seeds=[0], federated=None, relay=None, training={"epochs": 3})
+    folder = clinic / "results" / "seed-0"
+    first, second = (
+        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-heads/round-*"))
+    )
+    vectors = [load_file(path) for path in sorted(folder.glob("vectors/*-heads/round-2/*/vector.safetensors"))]
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
+    for name in moved:
+        mean = (vectors[0][name].double() + vectors[1][name].double()) / 2
+        assert torch.allclose(second[name].double(), first[name].double() + mean, atol=1e-6)
+
+
+def test_another_study_is_refused_in_the_same_folder(clinic, run):
+    write_study(clinic, seeds=[0], federated=None, relay=None, heads=None)
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    write_study(clinic, seeds=[0], federated=None, relay=None, heads=None, training={"epochs": 3})
     outcome = run("study", "study.yaml", "--device", "cpu")
     assert outcome.code == 2
     assert "holds a study with other training" in outcome.err
 
 
 def test_a_killed_study_goes_on_and_gives_the_table_of_one_that_was_not(clinic, run):
-    write_study(clinic, seeds=[0], federated=None, relay=None)
+    write_study(clinic, seeds=[0], federated=None, relay=None, heads=None)
     command = [sys.executable, "-m", "hf_datavec", "study", "study.yaml", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parents[2])}
     for folder in ("vectors/site-1", "predictions"):

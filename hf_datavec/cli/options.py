@@ -74,7 +74,12 @@ def _finetune(actions: Commands) -> None:
     train.add_argument("base", metavar="BASE", help="study base")
     train.add_argument("images", metavar="IMAGES", help="folder with a sub-folder per class, or a data set")
     train.add_argument("--split", help="split of the data set")
-    train.add_argument("--epochs", type=_above_zero, default=10.0, help="passes over the images (default: %(default)g)")
+    train.add_argument(
+        "--epochs",
+        type=_not_negative,
+        default=10.0,
+        help="passes over the images; 0 with --probe-steps trains the head alone (default: %(default)g)",
+    )
     train.add_argument("--batch-size", type=_positive, default=32, help="images per step (default: %(default)s)")
     train.add_argument(
         "--learning-rate", "--lr", type=_above_zero, default=3e-4, help="AdamW's peak rate (default: %(default)g)"

@@ -66,6 +66,8 @@ def train(
     device: devices.Device = "auto",
 ) -> dict[str, int]:
     """`finetune` for a base and images that are open already."""
+    if settings.epochs == 0 and settings.probe_steps == 0:
+        raise InputError("no epochs and no probe steps: nothing would be trained", hint="use --epochs or --probe-steps")
     refuse_existing(output)
     pictures.label_rows(checkpoint.labels)
     network = load(checkpoint.folder, device=devices.choose(device))

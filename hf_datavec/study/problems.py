@@ -40,7 +40,7 @@ def merge_problems(document: Document) -> Iterator[LocatedError]:
     """Unknown methods, and options that a method lacks or that are out of range, in the whole file."""
     merges = value_at(document.data, ("merges",))
     places: list[KeyPath] = [("merges", index) for index in range(len(merges) if isinstance(merges, list) else 0)]
-    for path in [*places, ("relay", "merge")]:
+    for path in [*places, ("relay", "merge"), ("heads", "merge")]:
         entry = value_at(document.data, path)
         if not isinstance(entry, dict):
             continue
@@ -93,8 +93,9 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
             yield document.problem(("merges", index), f"'{one.name}' is given twice")
         names.append(one.name)
         yield from _merge_problems(document, study, ("merges", index), one)
-    if study.relay:
-        yield from _merge_problems(document, study, ("relay", "merge"), study.relay.merge)
+    for key, later in (("relay", study.relay), ("heads", study.heads)):
+        if later:
+            yield from _merge_problems(document, study, (key, "merge"), later.merge)
 
 
 def _merge_problems(document: Document, study: Study, path: KeyPath, merge: Combining) -> Iterator[LocatedError]:

@@ -6,6 +6,7 @@ sites in every round) is the mean by image counts with the mixture of the sites'
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hf_datavec import recalibrate
@@ -33,6 +34,23 @@ def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
         base = fused
         found.append(fused)
     return found
+
+
+def with_heads(seed: Seed, steps: int, merge: Combining, mode: str) -> Path:
+    """The fused model after a second round in which every site fitted the head alone, and heads were averaged."""
+    name = f"{slug(merge.name)}-{mode}-heads"
+    first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
+    if not first.exists():
+        network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
+        seed.write(network, open_checkpoint(seed.place.base), first)
+    if not second.exists():
+        settings = replace(seed.settings(share=0), probe_steps=steps)
+        vectors = [seed.vector(f"{name}/round-2/{site}", site, settings, base=first) for site in seed.sites]
+        # Nothing but the head has moved, so the statistics of the first round still fit.
+        seed.write(
+            fuse_and_restore(seed, vectors, Combining(method="mean"), "none", first), open_checkpoint(first), second
+        )
+    return second
 
 
 def fuse_and_restore(seed: Seed, vectors: list[Path], merge: Combining, mode: str, base: Path) -> Network:

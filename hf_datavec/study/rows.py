@@ -14,8 +14,8 @@ from hf_datavec.finetune import cross_entropy
 from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.restoring import Restorer
-from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, relay
-from hf_datavec.study.sections import Combining
+from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, relay, with_heads
+from hf_datavec.study.sections import Combining, Heads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,6 +159,15 @@ class Measuring:
             for count in range(2, chosen.rounds + 1):
                 row = Row(f"{chosen.merge.name}, {count} rounds", "relay", chosen.restore)
                 yield self.get(row, partial(self._relayed, count, chosen.merge, chosen.restore))
+
+        if study.heads:
+            again = study.heads
+            row = Row(f"{again.merge.name}, then heads", "relay", again.restore)
+            yield self.get(row, partial(self._with_heads, again))
+
+    def _with_heads(self, heads: Heads) -> Floats:
+        last = with_heads(self.seed, heads.steps, heads.merge, heads.restore)
+        return self.predicted(models.load(last, device=self.seed.place.device))
 
     def _relayed(self, rounds: int, merge: Combining, mode: str) -> Floats:
         last = relay(self.seed, rounds, merge, mode)[-1]

@@ -101,6 +101,15 @@ class Relay(Section):
     restore: Mode = "statistics"
 
 
+class Heads(Section):
+    """A second round that costs a site seconds: everyone fits a head to the fused network, and heads are averaged."""
+
+    # Enough for a head to settle (docs/evidence.md).
+    steps: Count = 400
+    merge: Combining = Combining(scale=0.5)
+    restore: Mode = "statistics"
+
+
 class Study(Section):
     """One experiment: data, sites, training, and every way to merge that shall be compared."""
 
@@ -120,4 +129,5 @@ class Study(Section):
     budgets: Annotated[tuple[Literal["epochs", "steps"], ...], Field(strict=False)] = ("epochs", "steps")
     federated: Federated | None = Federated()
     relay: Relay | None = None
+    heads: Heads | None = None
     output: Text | None = None
