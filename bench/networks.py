@@ -69,7 +69,7 @@ def pad(data: Path) -> Study:
 def digits() -> Study:
     """The demonstration's digits and scanners, trained as it trains them."""
     from hf_datavec.demo.material import LABELS, write_images
-    from hf_datavec.demo.scanners import SIDE
+    from hf_datavec.scanners import SIDE
 
     return Study("digits", LABELS, SIDE, lambda folder, seed: write_images(folder, seed=seed), 6, 2e-3, 0.1)
 
@@ -109,8 +109,8 @@ def package_folder(name: str) -> Path:
 
 def make(study: Study, out: Path, seeds: Iterable[int], *, pooled: bool) -> None:
     """Everything of a study below `out`; what is there is not made again."""
-    from hf_datavec.demo.material import write_network
     from hf_datavec.pipeline import site
+    from hf_datavec.samples import write_network
 
     once(out / "imagenet", write_network)
     base = out / study.name / "base"

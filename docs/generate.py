@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from hf_datavec import recipe
+from hf_datavec import recipe, study
 from hf_datavec.cli.options import parser
 from hf_datavec.methods import all_methods, ranges
 from hf_datavec.tables import markdown_table
@@ -63,6 +63,7 @@ def documents() -> dict[Path, str]:
         pages: _filled(pages.read_text("utf-8"), "sources", sources()),
         ROOT / "docs" / "commands.md": commands(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
+        ROOT / "recipes" / "study.schema.json": json.dumps(study.schema(), indent=2) + "\n",
     }
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_datavec import lineage
 from hf_datavec.checkpoint import Role
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry
 from hf_datavec.hub import Fetched
+from hf_datavec.lineage import Round
 from hf_datavec.manifest import Manifest
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
@@ -40,6 +42,7 @@ class Fusion:
     calibration: Fetched | None = None
     plots: tuple[tuple[str, str], ...] = ()
     search: Search | None = None
+    rounds: tuple[Round, ...] = ()
 
     @property
     def locked(self) -> bool:
@@ -70,7 +73,7 @@ It is no model and does not load as one; `hf-datavec merge` adds several of them
 * {statistics} {len(left_out)} of {len(manifest.tensors)} tensors are left out in all.
 
 {markdown_table(("role", "tensors", "stored"), roles)}
-{_second_moments_text(manifest)}
+{_second_moments_text(manifest)}{_behind_text(manifest)}
 ## Images
 
 {counts}
@@ -128,6 +131,13 @@ def _statistics_text(manifest: Manifest) -> str:
     )
 
 
+def _behind_text(manifest: Manifest) -> str:
+    if not manifest.lineage:
+        return ""
+    count = len(manifest.lineage)
+    return f"\nThe base is a fused model of round {count}, so this vector is for round {count + 1}.\n"
+
+
 def _stored(manifest: Manifest, role: Role) -> str:
     entries = [entry for entry in manifest.tensors.values() if entry.role is role]
     return "yes" if entries and all(entry.stored for entry in entries) else "no"
@@ -163,7 +173,8 @@ Labels: {", ".join(plan.labels)}
 {_search_text(fusion.search)}{_evaluation_text(fusion.evaluation)}
 ## How it was made
 
-{_calibration_text(fusion)}{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. {_lock_text(fusion)}
+{_rounds_text(fusion.rounds)}{_calibration_text(fusion)}\
+{size(plan.read_bytes)} read, {size(plan.write_bytes)} written. {_lock_text(fusion)}
 
 ```yaml
 {fusion.recipe.strip()}
@@ -210,6 +221,11 @@ def _calibration_text(fusion: Fusion) -> str:
         return ""
     images = _pinned(fusion.calibration.reference.identity, fusion.calibration.commit)
     return f"Calibration images: {images}.\n\n"
+
+
+def _rounds_text(rounds: tuple[Round, ...]) -> str:
+    text = lineage.told(rounds)
+    return f"{text}\n" if text else ""
 
 
 def _lock_text(fusion: Fusion) -> str:

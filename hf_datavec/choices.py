@@ -8,12 +8,12 @@ from typing import Any
 
 from hf_datavec.errors import InputError
 from hf_datavec.methods import all_methods
-from hf_datavec.recipe import Merge, Override
+from hf_datavec.recipe import AUTO, Merge, Override
 
 
 def used(merge: Merge) -> list[str]:
     """The names of the methods that a recipe uses, sorted."""
-    return sorted({merge.method, *(override.method for override in merge.overrides if override.method)})
+    return sorted({_planned(merge), *(override.method for override in merge.overrides if override.method)})
 
 
 def first_match(merge: Merge, name: str) -> Override:
@@ -29,7 +29,12 @@ def chosen(merge: Merge, override: Override) -> tuple[str, Mapping[str, Any]]:
     options = override.options if override.options is not None else merge.options
     if override.method and override.method != merge.method and override.options is None:
         options = {}  # options of one method mean nothing to another
-    return override.method or merge.method, options
+    return override.method or _planned(merge), options
+
+
+def _planned(merge: Merge) -> str:
+    """The method of the recipe; for `auto` the one that it usually is, until the vectors have been looked at."""
+    return "sum" if merge.method == AUTO else merge.method
 
 
 def method_errors(merge: Merge, sites: Sequence[tuple[str, float]]) -> Iterator[InputError]:

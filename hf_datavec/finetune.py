@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_datavec import probe
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
 from hf_datavec.models import Network, normalization_layers
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from hf_datavec.images import ImageSet
+
+    Loss = Callable[..., torch.Tensor]
 
 TRAINING_FILE = "training.json"
 # Preprocessed pictures are kept when they fit; decoding them again each epoch can cost as much as training.
@@ -41,6 +44,7 @@ class Settings:
     class_balanced: bool = False
     freeze: tuple[str, ...] = ()
     seed: int = 0
+    probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
@@ -57,6 +61,9 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     counts = Counter(network.labels[row] for row in rows)
     examples = {label: counts[label] for label in network.labels}
     resume = _resume_from(folder, base, images, settings)
+    loss = cross_entropy(rows, len(network.labels), balanced=settings.class_balanced)
+    if resume is None:
+        _probe(network, base, images, settings, loss)
     _freeze(network, base, settings.freeze)
     trainer = Trainer(
         model=network.module,
@@ -64,11 +71,12 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
         train_dataset=_examples(network, images, rows),
         data_collator=_collate,
         # Given even when plain, since a network with a teacher's head computes no loss of its own.
-        compute_loss_func=_cross_entropy(rows, len(network.labels), balanced=settings.class_balanced),
+        compute_loss_func=loss,
     )
     _without_console(trainer)
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if settings.epochs > 0:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except InputError:
         if not _complete(folder):  # nothing to go on from: the next run, with other images, starts anew
             shutil.rmtree(folder, ignore_errors=True)
@@ -79,6 +87,20 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     _record(folder, settings, examples)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return examples
+
+
+def _probe(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, loss: Loss) -> None:
+    """The head alone first, so that the whole network does not start by following a head of zeros.
+
+    Source: Kumar et al. 2022, arXiv 2202.10054.
+    """
+    if settings.probe_steps:
+        alone = partial(_of_logits, loss)
+        probe.fit(network, base, images, alone, steps=settings.probe_steps)
+
+
+def _of_logits(loss: Loss, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return loss({"logits": logits}, rows)
 
 
 def _refuse_diverged(network: Network, folder: Path) -> None:
@@ -156,7 +178,7 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Callable[..., torch.Tensor]:
+def cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Loss:
     """The loss; `balanced` lets every class present weigh alike, n / (classes * count), as in scikit-learn."""
     import torch
 

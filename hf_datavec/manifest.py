@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError, listed
+from hf_datavec.lineage import Round
 
 MANIFEST_FILE = "datavec.json"
 VECTOR_FILE = "vector.safetensors"
@@ -86,6 +87,8 @@ class Manifest(_Part):
     norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tensors: dict[str, TensorEntry]
     second_moments: dict[Literal["fisher", "gram"], SecondMoment] | None = None
+    # The merges behind the base, when it was fused in an earlier round.
+    lineage: tuple[Round, ...] | None = Field(default=None, strict=False)
     tools: dict[str, str]
 
     @property

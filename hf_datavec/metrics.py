@@ -38,10 +38,10 @@ def measure(probabilities: Floats, references: Integers, *, seed: int = 0) -> di
 
     count = len(references)
     ones = np.ones((1, count))
-    point = _weighted(probabilities, references, ones)
+    point = weighted(probabilities, references, ones)
     # How often each image is drawn; a seeded generator of its own keeps reports reproducible.
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    spread = _weighted(probabilities, references, draws.astype(np.float64))
+    spread = weighted(probabilities, references, draws.astype(np.float64))
     tail = (1 - CONFIDENCE) / 2
     estimates = {}
     for name in METRICS:
@@ -51,7 +51,7 @@ def measure(probabilities: Floats, references: Integers, *, seed: int = 0) -> di
     return estimates
 
 
-def _weighted(probabilities: Floats, references: Integers, weights: Floats) -> dict[str, Floats]:
+def weighted(probabilities: Floats, references: Integers, weights: Floats) -> dict[str, Floats]:
     """The metrics for many weightings of the images at once; weights (b, n), each result (b,)."""
     import numpy as np
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_datavec import lineage
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
 from hf_datavec.combine import PIECE, SLICE, needs_whole
@@ -175,6 +176,7 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
         if isinstance(contribution.source, TaskVector):
             errors += check_against(contribution.source, checkpoint, base)
     errors += _lock_errors(recipe, base, checkpoint, contributions)
+    errors += _round_errors(recipe, base, checkpoint)
     weighed, weight_errors = _weighed(recipe.merge, contributions)
     errors += weight_errors
     errors += method_errors(recipe.merge, [(one.name, one.weight) for one in weighed])
@@ -289,6 +291,15 @@ def _lock_errors(
     for name, locked, digest in pairs:
         if digest and locked.digest and locked.digest != digest:
             yield not_pinned(name, locked, digest)
+
+
+def _round_errors(recipe: Recipe, base: Fetched, checkpoint: Checkpoint) -> Iterator[InputError]:
+    behind = len(lineage.read(checkpoint.folder))
+    if recipe.round is not None and recipe.round != behind + 1:
+        yield InputError(
+            f"the recipe says round {recipe.round}, but its base {base.reference.shown} makes this round {behind + 1}",
+            hint="use the fused model of the round before as the base, with vectors that were made from it",
+        )
 
 
 def not_pinned(name: str, locked: LockedInput, digest: str) -> InputError:

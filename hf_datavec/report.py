@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 # Colour-blind safe (Okabe and Ito 2008).
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#E69F00", "#999999", "#009E73"
+LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00", "#000000", GREY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +35,45 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, axis: str) -> None
     figure, axes = _figure(7.0, 0.9 + 0.42 * len(bars))
     places = list(range(len(bars)))[::-1]
     values = [100 * bar.estimate.value for bar in bars]
-    spread = [
-        [max(0.0, 100 * (bar.estimate.value - bar.estimate.low)) for bar in bars],
-        [max(0.0, 100 * (bar.estimate.high - bar.estimate.value)) for bar in bars],
-    ]
+    # Of a single seed no interval is known, and a metric may not be defined.
+    values = [0.0 if math.isnan(value) else value for value in values]
+    lows = [100 * (bar.estimate.value - bar.estimate.low) for bar in bars]
+    highs = [100 * (bar.estimate.high - bar.estimate.value) for bar in bars]
+    spread = [[0.0 if math.isnan(one) else max(0.0, one) for one in ends] for ends in (lows, highs)]
     axes.barh(places, values, color=[bar.color for bar in bars], height=0.62)
     axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="#333333", capsize=3, linewidth=1)
     for place, bar, value in zip(places, bars, values, strict=True):
-        axes.text(100 * bar.estimate.high + 1.5, place, f"{value:.1f}", va="center", fontsize=9)
+        end = value if math.isnan(bar.estimate.high) else min(100.0, 100 * bar.estimate.high)
+        axes.text(end + 1.5, place, f"{value:.1f}", va="center", fontsize=9)
     axes.set_yticks(places, [bar.text for bar in bars])
     axes.set_xlim(0, 108)
     axes.set_xlabel(axis)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One named line."""
+
+    text: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def plot_lines(series: Sequence[Series], path: Path, *, x: str, y: str) -> None:
+    """Lines with a dot at each value, told apart by colour and by mark."""
+    figure, axes = _figure(6.4, 4.0)
+    marks = "osD^vPX*"
+    for place, one in enumerate(series):
+        color = LINES[place % len(LINES)]
+        axes.plot(list(one.x), list(one.y), label=one.text, color=color, marker=marks[place % len(marks)], markersize=4)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    if series:
+        axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
 
 

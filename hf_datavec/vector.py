@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hf_datavec import __version__
+from hf_datavec import __version__, lineage
 from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
@@ -184,6 +184,7 @@ def write(
         norm=0.0,
         tensors=entries,
         second_moments=dict(second_moments) if second_moments else None,
+        lineage=lineage.read(base.folder) or None,
         tools=tool_versions(),
     )
     return write_described(folder, draft, differences.read)

@@ -196,7 +196,7 @@ def test_a_wrong_type_is_shown_with_what_was_expected(refused, study):
         merge: {scale: "2"}
         """)  # fmt: skip
     assert refused("merge", recipe) == said("""
-        recipe.yaml:3:16: merge.scale: expected a number, found '2'
+        recipe.yaml:3:16: merge.scale: expected 'auto' or a finite number, found '2'
           3 | merge: {scale: "2"}
             |                ^^^
         """)
@@ -223,7 +223,7 @@ def test_all_errors_are_told_at_once_in_the_order_of_their_lines(refused, study)
           2 | vectors: [{vector: ./site-a, weigth: 2}]
             |                              ^^^^^^
           hint: did you mean 'weight'?
-        recipe.yaml:5:10: merge.scale: expected a finite number, found nan
+        recipe.yaml:5:10: merge.scale: expected 'auto' or a finite number, found nan
           5 |   scale: .nan
             |          ^^^^
         recipe.yaml:6:24: merge.options.normalize: expected true or false, found 3

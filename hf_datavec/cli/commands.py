@@ -53,6 +53,7 @@ def finetune(options: Namespace) -> None:
         class_balanced=options.class_balanced,
         freeze=tuple(options.freeze),
         seed=options.seed,
+        probe_steps=options.probe_steps,
     )
     examples = site.finetune(
         options.base, options.images, options.output, settings=settings, split=options.split, device=options.device
@@ -203,9 +204,21 @@ def methods(options: Namespace) -> None:
 
 
 def schema(options: Namespace) -> None:
-    from hf_datavec import recipe
+    from hf_datavec import recipe, study
 
-    _say_json(recipe.schema())
+    _say_json(study.schema() if options.study else recipe.schema())
+
+
+def run_study(options: Namespace) -> None:
+    """Run a study, or what is left of it."""
+    from hf_datavec.study.run import run
+    from hf_datavec.tables import markdown_table
+
+    outcome = run(options.study, output=options.output, device=options.device)
+    if options.json:
+        return _say_json({"output": str(outcome.folder), **outcome.results.as_dict()})
+    _say(f"{outcome.results.markdown()}\n\n{markdown_table(*outcome.results.tested())}")
+    _say(f"\nreport: {_near(outcome.folder)}/report.html")
 
 
 def list_vectors(options: Namespace) -> None:
@@ -244,5 +257,5 @@ def convert(options: Namespace) -> None:
 BY_NAME = {
     "demo": demo, "init": init, "finetune": finetune, "diff": diff, "push": push, "inspect": inspect, "plan": plan,
     "merge": merge, "evaluate": evaluate, "list": list_vectors, "recipe": write_recipe, "convert": convert,
-    "methods": methods, "schema": schema,
+    "methods": methods, "schema": schema, "study": run_study,
 }  # fmt: skip

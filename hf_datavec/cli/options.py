@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     _finetune(actions)
     _diff_and_push(actions)
     _coordinator(actions)
+    _study(actions)
     _discovery(actions)
     _reference(actions)
     return top
@@ -73,7 +74,12 @@ def _finetune(actions: Commands) -> None:
     train.add_argument("base", metavar="BASE", help="study base")
     train.add_argument("images", metavar="IMAGES", help="folder with a sub-folder per class, or a data set")
     train.add_argument("--split", help="split of the data set")
-    train.add_argument("--epochs", type=_above_zero, default=10.0, help="passes over the images (default: %(default)g)")
+    train.add_argument(
+        "--epochs",
+        type=_not_negative,
+        default=10.0,
+        help="passes over the images; 0 with --probe-steps trains the head alone (default: %(default)g)",
+    )
     train.add_argument("--batch-size", type=_positive, default=32, help="images per step (default: %(default)s)")
     train.add_argument(
         "--learning-rate", "--lr", type=_above_zero, default=3e-4, help="AdamW's peak rate (default: %(default)g)"
@@ -91,6 +97,12 @@ def _finetune(actions: Commands) -> None:
         help="of the rate (default: %(default)s)",
     )
     train.add_argument("--class-balanced", action="store_true", help="weigh classes alike in the loss")
+    train.add_argument(
+        "--probe-steps",
+        type=_from_zero,
+        default=0,
+        help="steps of the head alone before everything is trained; 400 end a linear probe (default: %(default)s)",
+    )
     train.add_argument(
         "--freeze",
         action="append",
@@ -176,6 +188,14 @@ def _coordinator(actions: Commands) -> None:
     _json(evaluate)
 
 
+def _study(actions: Commands) -> None:
+    study = _command(actions, "study", "the paper's experiment on your images: sites, every merge, a table")
+    study.add_argument("study", metavar="STUDY", type=_path, help="study file, see recipes/study-*.yaml")
+    study.add_argument("-o", "--output", type=_path, metavar="DIR", help="folder to keep (default: as in the study)")
+    _device(study)
+    _json(study)
+
+
 def _discovery(actions: Commands) -> None:
     listing = _command(actions, "list", "the vectors of a Hub org, or of a local folder, and which fit together")
     listing.add_argument("owner", metavar="ORG", help="name of the org, or a folder as ./folder")
@@ -197,7 +217,8 @@ def _discovery(actions: Commands) -> None:
 def _reference(actions: Commands) -> None:
     methods = _command(actions, "methods", "the merge methods: formula, options, source")
     _json(methods)
-    _command(actions, "schema", "JSON Schema of the recipe, for editors")
+    schema = _command(actions, "schema", "JSON Schema of the recipe, for editors")
+    schema.add_argument("--study", action="store_true", help="of the study file instead")
 
 
 def _output(command: argparse.ArgumentParser) -> None:

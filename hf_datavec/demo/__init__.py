@@ -17,9 +17,10 @@ from typing import Any
 
 from hf_datavec.demo import recipes
 from hf_datavec.demo.comparison import Comparison, compare
-from hf_datavec.demo.material import LABELS, SITES, write_images, write_network
-from hf_datavec.demo.scanners import SCANNERS, SIDE
+from hf_datavec.demo.material import LABELS, SITES, write_images
 from hf_datavec.errors import RunError
+from hf_datavec.samples import write_network
+from hf_datavec.scanners import SCANNERS, SIDE
 from hf_datavec.staging import refuse_existing
 
 TRAINING = ("--epochs", "6", "--learning-rate", "2e-3", "--batch-size", "32")

@@ -21,6 +21,7 @@ SENDABLE = (
     "vector.safetensors", "fisher.safetensors", "gram.safetensors", "datavec.json", "config.json",
     "preprocessor_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
     "model.safetensors.index.json", "README.md", "recipe.yaml", "recipe.lock.yaml", "search.json", "coefficients.json",
+    "lineage.json",
     "evaluation.json", "cosines.png", "LICENSE", "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
 

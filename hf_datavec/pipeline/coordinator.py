@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_datavec import automatic, fuse, hub, lineage, models, report, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
-from hf_datavec import fuse, hub, models, report, study_base, tensors, variants
 from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
+from hf_datavec.lineage import Round
 from hf_datavec.pipeline import choosing, finished, lock
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
@@ -74,6 +75,10 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     labelled, learning = search_images(prepared), learning_images(prepared)
     _verify(prepared.plan)
     place = devices.choose(device)
+    resolved, why = automatic.resolve(prepared.plan)
+    prepared = replace(prepared, plan=resolved)
+    if why:
+        log.info("%s", why)
     if pushing and (geometry := finished.geometry_of(output, prepared, public, test, place)):
         return _handed_over(prepared, output, geometry)
     refuse_existing(output)
@@ -99,12 +104,15 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         choosing.clear(folder)
-        restoration = f"{adapted.text} {restoration}" if adapted else restoration
+        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
         measured = _measure(choice.plan, folder, test, place)
         calibration = public.fetched if public else None
         shown = aliased(prepared)
+        rounds = _rounds(prepared, restoration)
+        lineage.write(folder, rounds)
         fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
         sites = tuple(one.name for one in shown.plan.contributions)
+        fusion = replace(fusion, rounds=rounds)
         fusion = replace(fusion, search=replace(choice.search, sites=sites) if choice.search else None)
         if adapted is not None:
             replace(adapted, sites=sites).write(folder)
@@ -160,6 +168,23 @@ def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -
     if list(by_file) != [tensors.MODEL_FILE]:
         _write_index(plan, folder, by_file)
     return tensors.combined_digest(hashes)
+
+
+def _rounds(prepared: Prepared, restoration: str) -> tuple[Round, ...]:
+    """The merges behind the fused model: those behind its base, and this one."""
+    plan = prepared.plan
+    merge, base = plan.recipe.merge, plan.base_fetched.reference.identity
+    return (
+        *lineage.read(plan.base.folder),
+        Round(
+            base=base,
+            digest=plan.base.tensors.digest,
+            sites=len(plan.contributions),
+            method=merge.method,
+            scale=merge.factor,
+            restoration=restoration,
+        ),
+    )
 
 
 def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Record]]) -> None:

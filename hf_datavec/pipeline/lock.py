@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_datavec import hub
+from hf_datavec import hub, lineage
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline.prepare import (
@@ -83,6 +83,8 @@ def text(
         recipe["output"] = relative(prepared.output, folder)
     if recipe.get("push"):
         recipe["push"]["repo"] = moved(recipe["push"]["repo"], recipe_folder, folder)
+    if behind := lineage.read(plan.base.folder):
+        recipe["round"] = len(behind) + 1
     recipe["lock"] = {
         "base": _locked(plan.base_fetched, plan.base_digest, folder),
         "vectors": [_locked(one.fetched, one.digest, folder) for one in ordered],

@@ -12,9 +12,9 @@ from hf_datavec import curvature, hub, second_moments, study_base, vector
 from hf_datavec import finetune as training
 from hf_datavec import noise as noising
 from hf_datavec.card import licence, vector_card
-from hf_datavec.checkpoint import Role, open_checkpoint
+from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
 from hf_datavec.errors import InputError
-from hf_datavec.images import open_images
+from hf_datavec.images import ImageSet, open_images
 from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment, StatisticsNoise
 from hf_datavec.models import largest_momentum, load
 from hf_datavec.pipeline import device as devices
@@ -55,7 +55,21 @@ def finetune(
     """
     refuse_existing(output)
     checkpoint = open_checkpoint(hub.fetch(hub.parse(base)).folder)
-    pictures = open_images(hub.parse(images), split=split)
+    return train(checkpoint, open_images(hub.parse(images), split=split), output, settings=settings, device=device)
+
+
+def train(
+    checkpoint: Checkpoint,
+    pictures: ImageSet,
+    output: Path,
+    *,
+    settings: training.Settings,
+    device: devices.Device = "auto",
+) -> dict[str, int]:
+    """`finetune` for a base and images that are open already."""
+    if settings.epochs == 0 and settings.probe_steps == 0:
+        raise InputError("no epochs and no probe steps: nothing would be trained", hint="use --epochs or --probe-steps")
+    refuse_existing(output)
     pictures.label_rows(checkpoint.labels)
     network = load(checkpoint.folder, device=devices.choose(device))
     if partial_path(output.absolute()).exists():

@@ -6,6 +6,7 @@ that came with the base no longer fit (arXiv 2211.08403, section 4). `docs/resto
 
 from __future__ import annotations
 
+from hf_datavec.models import statistic_layers as layers_of
 from hf_datavec.recalibrate.change import median_change
 from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
 from hf_datavec.recalibrate.lockstep import Pictures, assign, observe, statistics
@@ -29,6 +30,7 @@ __all__ = [
     "carried_over",
     "compare",
     "goals",
+    "layers_of",
     "median_change",
     "moments",
     "observe",

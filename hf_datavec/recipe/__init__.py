@@ -13,7 +13,9 @@ from hf_datavec.recipe import mergekit
 from hf_datavec.recipe.problems import method_problems, sense_problems, told
 from hf_datavec.recipe.schema import schema
 from hf_datavec.recipe.sections import (
+    AUTO,
     Evaluate,
+    Finite,
     LockedInput,
     Measured,
     Merge,
@@ -22,13 +24,36 @@ from hf_datavec.recipe.sections import (
     Recalibrate,
     Recipe,
     ScaleSearch,
+    ScaleValue,
+    Section,
+    Text,
     VectorEntry,
     WeightSearch,
 )
 
-__all__ = ["Evaluate", "LockedInput", "Measured", "Merge", "ModelEntry", "Override", "Recalibrate", "Recipe",
-           "ScaleSearch", "VectorEntry", "WeightSearch", "check", "load", "load_with_notes", "mergekit",
-           "schema"]  # fmt: skip
+__all__ = [
+    "AUTO",
+    "Evaluate",
+    "Finite",
+    "LockedInput",
+    "Measured",
+    "Merge",
+    "ModelEntry",
+    "Override",
+    "Recalibrate",
+    "Recipe",
+    "ScaleSearch",
+    "ScaleValue",
+    "Section",
+    "Text",
+    "VectorEntry",
+    "WeightSearch",
+    "check",
+    "load",
+    "load_with_notes",
+    "mergekit",
+    "schema",
+]  # fmt: skip
 
 
 def load(path: Path) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +12,7 @@ from hf_datavec.errors import did_you_mean
 from hf_datavec.located import Document, KeyPath, LocatedError
 from hf_datavec.methods import all_methods, options_model
 from hf_datavec.recipe.sections import (
+    AUTO,
     Evaluate,
     Lock,
     Merge,
@@ -34,10 +35,18 @@ TAGS: dict[KeyPath, tuple[str, ...]] = {
 }
 # The modes that measure something on images; `auto` takes them if there are any.
 NEED_IMAGES = ("statistics", "relative", "repair", "tune")
+# The methods whose length follows from the vectors' inner products, so that `scale: auto` can be told.
+LENGTHS_KNOWN = ("sum", "mean")
 
 
-def told(document: Document, found: Any) -> LocatedError:
-    """A pydantic error in our words, at its place in the file."""
+def unknown_length(method: str) -> str:
+    """Why `scale: auto` cannot be told for a method."""
+    return f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{method}'"
+
+
+def told(document: Document, found: Any, known_keys: Callable[[KeyPath, Any], list[str]] | None = None) -> LocatedError:
+    """A pydantic error in our words, at its place in the file; `known_keys` tells the keys that a path may have."""
+    known_keys = known_keys or _known_keys
     path = tuple(
         part
         for place, part in enumerate(found["loc"])
@@ -45,7 +54,7 @@ def told(document: Document, found: Any) -> LocatedError:
     )
     kind, value = found["type"], found.get("input")
     if kind == "extra_forbidden":
-        return _unknown_key(document, path, _known_keys(path[:-1], value_at(document.data, path[:-1])))
+        return _unknown_key(document, path, known_keys(path[:-1], value_at(document.data, path[:-1])))
     if kind == "missing":
         return document.problem(path[:-1], f"'{path[-1]}:' is missing", at="key")
     if kind == "literal_error":
@@ -128,14 +137,28 @@ def method_problems(document: Document) -> Iterator[LocatedError]:
         if isinstance(override, dict):
             places.append((("merge", "overrides", index), override.get("method", default)))
     for path, name in places:
-        if not isinstance(name, str):
-            continue
-        if name not in all_methods():
-            known = did_you_mean(name, all_methods())
-            if (*path, "method") in document.values:
-                yield document.problem((*path, "method"), f"there is no merge method '{name}'", hint=known)
-            continue
+        if isinstance(name, str):
+            yield from choice_problems(document, path, name)
+
+
+def choice_problems(document: Document, path: KeyPath, name: str) -> Iterator[LocatedError]:
+    """An unknown method in the mapping at `path`, or what is wrong with the options that are given for it there."""
+    if name == AUTO and "overrides" in path:
+        problem = "'auto' looks at whole vectors"
+        yield document.problem((*path, "method"), problem, hint="name a method here, or use auto as merge.method")
+    elif name == AUTO:
+        if value_at(document.data, (*path, "options")):
+            problem = "method: auto has no options"
+            yield document.problem((*path, "options"), problem, at="key", hint="name a method to give it options")
+        scale = value_at(document.data, (*path, "scale"))
+        if scale not in (None, AUTO):
+            hint = "leave it out, or name a method: sum takes any scale"
+            yield document.problem((*path, "scale"), "method: auto chooses the scale as well", hint=hint)
+    elif name in all_methods():
         yield from _option_problems(document, (*path, "options"), name)
+    elif (*path, "method") in document.values:
+        known = did_you_mean(name, all_methods())
+        yield document.problem((*path, "method"), f"there is no merge method '{name}'", hint=known)
 
 
 def _option_problems(document: Document, path: KeyPath, method: str) -> Iterator[LocatedError]:
@@ -160,6 +183,11 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if weighed and recipe.merge.weights == "examples":
         where: KeyPath = ("vectors", weighed[0], "weight")
         yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
+    if recipe.merge.scale == AUTO and recipe.merge.method not in (AUTO, *LENGTHS_KNOWN):
+        problem = (
+            f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{recipe.merge.method}'"
+        )
+        yield document.problem(("merge", "scale"), problem, hint="give a number, or {search: [...], images: ...}")
     methods = (recipe.merge.method, *(override.method or "" for override in recipe.merge.overrides))
     counting = [name for name in methods if name in all_methods() and all_methods()[name].needs_counts]
     if weighed and counting:

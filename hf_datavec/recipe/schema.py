@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_datavec.methods import all_methods, options_model
-from hf_datavec.recipe.sections import Recipe
+from hf_datavec.recipe.sections import AUTO, Recipe
 
 
 def schema() -> dict[str, Any]:
@@ -18,7 +18,7 @@ def schema() -> dict[str, Any]:
         part["properties"]["method"] = {
             **part["properties"]["method"],
             "description": "the merge method",
-            "enum": [*all_methods(), *([None] if section == "Override" else [])],
+            "enum": [*all_methods(), None if section == "Override" else AUTO],
         }
         part["allOf"] = [
             {

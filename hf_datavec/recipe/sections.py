@@ -10,10 +10,14 @@ from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Chosen from the vectors' geometry (docs/choosing.md).
+AUTO = "auto"
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping that knows its keys and their types; nothing else is let in."""
+
     # `strict`: the text "2" is no number here; YAML already knows the difference.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -29,7 +33,7 @@ def _known_length(value: Any) -> Any:
 Clip = Annotated[Literal["median"] | Annotated[float, Field(gt=0)], BeforeValidator(_known_length)]
 
 
-class VectorEntry(_Section):
+class VectorEntry(Section):
     """A site's vector; `weight` counts for methods that weigh, `name` is what tables call it."""
 
     vector: Text
@@ -38,7 +42,7 @@ class VectorEntry(_Section):
     name: Text | None = None
 
 
-class ModelEntry(_Section):
+class ModelEntry(Section):
     """A site's whole tuned model, whose vector is computed on the way."""
 
     model: Text
@@ -61,7 +65,7 @@ Entry = Annotated[
 ]
 
 
-class Override(_Section):
+class Override(Section):
     """Another method, options or scale for the tensors whose whole name matches a regular expression."""
 
     tensors: Text
@@ -70,7 +74,7 @@ class Override(_Section):
     scale: Finite | None = None
 
 
-class Measured(_Section):
+class Measured(Section):
     """Labelled public images that choices are measured on, and the metric that decides."""
 
     images: Text
@@ -98,14 +102,25 @@ def _searches(value: Any) -> str:
     return "<search>" if isinstance(value, (dict, Measured)) else "<value>"
 
 
-Scale = Annotated[Annotated[Finite, Tag("<value>")] | Annotated[ScaleSearch, Tag("<search>")], Discriminator(_searches)]
+def _known_scale(value: Any) -> Any:
+    # Said in one sentence; a union of two types would give one message for each.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value == AUTO or number:
+        return value
+    raise PydanticCustomError("scale", "expected 'auto' or a finite number")
+
+
+ScaleValue = Annotated[Literal["auto"] | Finite, BeforeValidator(_known_scale)]
+Scale = Annotated[
+    Annotated[ScaleValue, Tag("<value>")] | Annotated[ScaleSearch, Tag("<search>")], Discriminator(_searches)
+]
 Weights = Annotated[
     Annotated[Literal["equal", "examples"], Tag("<value>")] | Annotated[WeightSearch, Tag("<search>")],
     Discriminator(_searches),
 ]
 
 
-class Merge(_Section):
+class Merge(Section):
     """How the vectors are combined; `scale` is the lambda that the result is multiplied with.
 
     `clip` shortens every site's vector to at most this norm, or to at most the median of the sites' norms.
@@ -126,11 +141,17 @@ class Merge(_Section):
 
     @property
     def factor(self) -> float:
-        """The scale; NaN as long as it is searched for."""
-        return math.nan if isinstance(self.scale, ScaleSearch) else self.scale
+        """The scale; NaN as long as it is searched for or `auto`."""
+        known = isinstance(self.scale, (int, float)) and self.method != AUTO
+        return float(self.scale) if known else math.nan  # type: ignore[arg-type]
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the vectors' geometry decides; `method: auto` brings its own scale."""
+        return AUTO in (self.method, self.scale)
 
 
-class Tune(_Section):
+class Tune(Section):
     """The steps of mode `tune`; without `loss`, labels are used where the images have them, else entropy."""
 
     parameters: Literal["affine", "all"] = "affine"
@@ -140,7 +161,7 @@ class Tune(_Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
 
 
-class Recalibrate(_Section):
+class Recalibrate(Section):
     """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone."""
 
     mode: Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"] = "statistics"
@@ -161,7 +182,7 @@ class Recalibrate(_Section):
         return self.mode not in ("none", "moments") and self.images is not None
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """Labelled images that the fused model is measured on."""
 
     images: Text
@@ -169,7 +190,7 @@ class Evaluate(_Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
-class Push(_Section):
+class Push(Section):
     """Where the fused model goes: a Hub repo or a local folder; `create_pr` proposes it instead."""
 
     repo: Text
@@ -178,7 +199,7 @@ class Push(_Section):
     create_pr: bool = False
 
 
-class LockedInput(_Section):
+class LockedInput(Section):
     """The commit and the content digest of one input."""
 
     reference: Text
@@ -186,7 +207,7 @@ class LockedInput(_Section):
     digest: Text | None = None
 
 
-class Lock(_Section):
+class Lock(Section):
     """What a run really used, so that it can be had again."""
 
     base: LockedInput
@@ -199,10 +220,11 @@ class Lock(_Section):
     tools: dict[str, str]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A merge: base, vectors, how to combine, restore and measure, and where the result goes.
 
-    With `aliases` the fused model's folder names the sites site-1, site-2, ... and no repo of theirs.
+    With `aliases` the fused model's folder names the sites site-1, site-2, ... and no repo of theirs. With `round` the
+    base must have been fused in that many rounds less one.
     """
 
     base: Text
@@ -214,6 +236,7 @@ class Recipe(_Section):
     dtype: Dtype | None = None
     push: Push | None = None
     aliases: bool = False
+    round: Annotated[int, Field(ge=1)] | None = None
     lock: Lock | None = None
 
     @property

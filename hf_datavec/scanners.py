@@ -1,4 +1,4 @@
-"""Digits as four different scanners see them: what makes hospitals' images differ, in small."""
+"""Pictures as four different scanners see them: what makes hospitals' images differ, in small."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     Pixels = NDArray[np.float64]  # one picture in 0..1, (height, width, 3)
 
@@ -40,9 +41,9 @@ def _shaded(pixels: Pixels, random: np.random.Generator) -> Pixels:
     """Lit from one side, with a blue cast; the side differs from picture to picture."""
     import numpy as np
 
-    across = np.linspace(-1, 1, pixels.shape[0])
+    down, across = (np.linspace(-1, 1, length) for length in pixels.shape[:2])
     angle = random.uniform(0, 2 * np.pi)
-    light = 0.25 + 0.2 * (np.cos(angle) * across[None, :] + np.sin(angle) * across[:, None])
+    light = 0.25 + 0.2 * (np.cos(angle) * across[None, :] + np.sin(angle) * down[:, None])
     ink = 0.75 * pixels * np.array([0.65, 0.86, 1.0])
     shaded: Pixels = ink + 0.7 * light[:, :, None] * np.array([0.6, 0.8, 1.0])
     return shaded
@@ -56,13 +57,28 @@ SCANNERS: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {
 }
 
 
-def scan(digit: NDArray[np.float64], scanner: str, random: np.random.Generator) -> Pixels:
-    """A digit (28, 28) in 0..1 as a scanner shows it, (SIDE, SIDE, 3) in 0..1."""
+def rescan(picture: Image, scanner: str, random: np.random.Generator) -> Image:
+    """Any picture in RGB as a scanner shows it, of the same size."""
     import numpy as np
     from PIL import Image
 
-    large = Image.fromarray((255 * digit).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    pixels = np.repeat(np.asarray(large)[:, :, None] / 255.0, 3, axis=2)
+    seen = SCANNERS[scanner](np.asarray(picture) / 255.0, random).clip(0, 1)
+    return Image.fromarray((255 * seen).round().astype(np.uint8))
+
+
+def enlarged(digit: NDArray[np.float64]) -> Image:
+    """A digit (28, 28) in 0..1 as a grey picture of `SIDE` pixels."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((255 * digit).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
+def scan(digit: NDArray[np.float64], scanner: str, random: np.random.Generator) -> Pixels:
+    """A digit (28, 28) in 0..1 as a scanner shows it, (SIDE, SIDE, 3) in 0..1."""
+    import numpy as np
+
+    pixels = np.repeat(np.asarray(enlarged(digit))[:, :, None] / 255.0, 3, axis=2)
     return SCANNERS[scanner](pixels, random).clip(0, 1)
 
 

@@ -1,0 +1,87 @@
+"""A linear probe: the last layer alone, trained on what the network makes of the images as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_datavec import models
+from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.errors import InputError
+from hf_datavec.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_datavec.images import ImageSet
+
+# The head sees normalised features of order one, and all images at once: the loss is convex, so a rate that is
+# large for a network is right, and some hundreds of steps reach its bottom on small data.
+LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
+BATCH = 64
+
+
+def fit(
+    network: models.Network,
+    base: Checkpoint,
+    images: ImageSet,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    steps: int,
+) -> None:
+    """Train the head in place, everything else as it is; `loss` takes logits (n, k) and rows (n,).
+
+    Full batches with AdamW and a cosine schedule, so no order of images and no seed matters.
+
+    Raises: InputError for a network whose head is no single linear layer, and for unreadable or unlabelled images.
+    """
+    import torch
+
+    head = _head(network, base)
+    rows = torch.tensor(images.label_rows(network.labels), device=network.module.device)
+    inputs = torch.cat(list(_inputs(network, head, images)))
+    parameters = list(head.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for parameter, slope in zip(parameters, torch.autograd.grad(loss(head(inputs), rows), parameters), strict=True):
+            parameter.grad = slope
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _head(network: models.Network, base: Checkpoint) -> Any:
+    """The linear layer that the head's tensors belong to."""
+    import torch
+
+    live = models.stored_names(network)
+    owners = sorted({live[name].rpartition(".")[0] for name in base.named(Role.HEAD)})
+    found = network.module.get_submodule(owners[0])
+    if len(owners) > 1 or not isinstance(found, torch.nn.Linear):
+        raise InputError(
+            f"the head of '{base.folder}' is no single linear layer ({', '.join(owners)})",
+            hint="leave the linear probe out, or start from a network with one linear classifier",
+        )
+    return found
+
+
+def _inputs(network: models.Network, head: Any, images: ImageSet) -> Iterator[torch.Tensor]:
+    """What the head sees of the images, batch by batch, shape (b, features)."""
+    import torch
+
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    network.module.eval()
+    try:
+        starts = range(0, len(images), BATCH)
+        for start in progress(starts, text="linear probe", total=len(starts), unit="batch"):
+            with torch.no_grad():
+                network.logits(images.tensors(network.preprocess, _some(len(images), start)))
+            yield seen.pop().detach()
+    finally:
+        handle.remove()
+
+
+def _some(count: int, start: int) -> Sequence[int]:
+    return range(start, min(count, start + BATCH))

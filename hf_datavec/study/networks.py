@@ -1,0 +1,181 @@
+"""The networks of one seed: each is trained once, kept as a vector, and merged in memory."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_datavec import automatic, fuse, models
+from hf_datavec.checkpoint import Checkpoint, open_checkpoint
+from hf_datavec.finetune import Settings
+from hf_datavec.images import ImageSet
+from hf_datavec.pipeline import lock, site
+from hf_datavec.pipeline.prepare import prepare
+from hf_datavec.plan import Plan
+from hf_datavec.recipe import AUTO
+from hf_datavec.study.partition import PUBLIC, TEST, Division
+from hf_datavec.study.pictures import Part, Table, part
+from hf_datavec.study.sections import Combining, Study
+from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all seeds share: the study, its images, the base, and where everything is kept."""
+
+    study: Study
+    folder: Path
+    table: Table
+    elsewhere: ImageSet | None  # public images of another data set
+    device: torch.device
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @cached_property
+    def network(self) -> models.Network:
+        """One network in memory, whose tensors are written over by every merge."""
+        return models.load(self.base, device=self.device)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The network's names in memory by those in the file."""
+        return models.stored_names(self.network)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed's division of the images and its networks, below a folder of its own."""
+
+    place: Workplace
+    number: int
+    division: Division
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder / f"seed-{self.number}"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.division.sites
+
+    def images(self, name: str) -> Part:
+        """The images of a part; `pooled` are those of all sites."""
+        if name not in self.parts:
+            if name == PUBLIC and self.place.elsewhere is not None:
+                foreign = self.place.elsewhere
+                self.parts[name] = part(foreign, range(len(foreign)))
+            else:
+                places = [place for one in (self.sites if name == "pooled" else (name,)) for place in self._at(one)]
+                scanners = [self.division.scanners.get(place) for place in places]
+                self.parts[name] = part(self.place.table.images, places, scanners)
+        return self.parts[name]
+
+    def _at(self, name: str) -> tuple[int, ...]:
+        return self.division.parts[name]
+
+    @property
+    def test(self) -> Part:
+        return self.images(TEST)
+
+    @property
+    def public(self) -> Part:
+        return self.images(PUBLIC)
+
+    def settings(self, *, share: float = 1.0, probe: bool = True) -> Settings:
+        """How a network trains for a share of the study's epochs."""
+        chosen = self.place.study.training.model_dump()
+        if not probe:
+            chosen["probe_steps"] = 0
+        return Settings(**{**chosen, "epochs": chosen["epochs"] * share}, seed=self.number)
+
+    def vector(self, name: str, images: str, settings: Settings, *, base: Path | None = None) -> Path:
+        """The vector of a network trained on some images; trained now, or gone on with, if it is not kept yet."""
+        kept, tuned = self.folder / "vectors" / name, self.folder / "tuned" / name
+        base = base or self.place.base
+        if kept.exists():
+            return kept
+        if not tuned.exists():
+            log.info("seed %d: %s trains for %g epochs", self.number, name, settings.epochs)
+            device: Any = self.place.device.type
+            site.train(open_checkpoint(base), self.images(images), tuned, settings=settings, device=device)
+        site.diff(str(base), str(tuned), kept, with_statistics=has_statistics(base), share_counts=True)
+        shutil.rmtree(tuned)
+        return kept
+
+    def site_vectors(self) -> list[Path]:
+        """The sites' vectors in the order of the sites."""
+        return [self.vector(name, name, self.settings()) for name in self.sites]
+
+    def plan(
+        self, vectors: Sequence[Path], merge: Combining, *, base: Path | None = None, weights: Sequence[float] = ()
+    ) -> Plan:
+        """The plan of a merge of kept vectors, whose recipe is kept as well."""
+        entries: list[Any] = [f"../vectors/{path.relative_to(self.folder / 'vectors')}" for path in vectors]
+        if weights:
+            entries = [{"vector": text, "weight": float(one)} for text, one in zip(entries, weights, strict=True)]
+        recipe = {
+            "base": _relative(base or self.place.base, self.folder),
+            "vectors": entries,
+            "merge": {
+                "method": merge.method,
+                **({} if merge.method == AUTO else {"scale": merge.scale, "options": merge.options}),
+                "weights": merge.weights,
+                "seed": self.number,
+            },
+        }
+        file = self.folder / "recipes" / f"{slug(merge.name)}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(lock.dump(recipe), "utf-8")
+        return automatic.resolve(prepare(file).plan)[0]
+
+    def merged(self, plan: Plan) -> models.Network:
+        """The shared network with the fused weights and the base's statistics."""
+        import torch
+
+        network = self.place.network
+        tensors = network.module.state_dict()
+        with torch.no_grad():
+            for name, tensor in fuse.run(plan, device=self.place.device):
+                tensors[self.place.names[name]].copy_(tensor)
+        network.module.eval()
+        return network
+
+    def write(self, network: models.Network, base: Checkpoint, folder: Path) -> None:
+        """Write the shared network as a model folder, as the base of a next round."""
+        from hf_datavec import study_base
+        from hf_datavec.staging import staged
+
+        tensors = network.module.state_dict()
+        layout = [Record(name, record.dtype, record.shape, folder, 0) for name, record in base.records.items()]
+        with staged(folder) as place:
+            stream = ((record.name, tensors[self.place.names[record.name]].cpu()) for record in in_file_order(layout))
+            write_file(place / MODEL_FILE, layout, stream)
+            study_base.copy_description(base, place, base.labels)
+
+
+def has_statistics(base: Path) -> bool:
+    """Whether a model folder's network keeps BatchNorm statistics."""
+    return open_checkpoint(base).has_statistics
+
+
+def slug(text: str) -> str:
+    """A name as a file name."""
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
+
+
+def _relative(base: Path, folder: Path) -> str:
+    inside = folder in base.parents
+    return f"../{base.relative_to(folder)}" if inside else "../../base"

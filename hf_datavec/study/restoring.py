@@ -1,0 +1,97 @@
+"""Restoring merged networks of a study in memory; what several merges need is measured once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from hf_datavec import models, recalibrate
+from hf_datavec.pipeline import restore
+from hf_datavec.recalibrate import Channels, Gaussian, Pictures, Sites
+from hf_datavec.recipe import Recalibrate
+from hf_datavec.study.pictures import Part
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    Preprocess = Callable[[Image], torch.Tensor]
+
+BATCH = 64
+
+
+def pictures(images: Part, preprocess: Preprocess, count: int | None = None) -> Pictures:
+    """A part's images as networks take them, evenly spread when there are more than `count`."""
+    number = min(count or len(images), len(images))
+    chosen = [index * len(images) // number for index in range(number)]
+
+    def load(indices: Sequence[int]) -> torch.Tensor:
+        return images.tensors(preprocess, [chosen[index] for index in indices])
+
+    return Pictures(number, load, BATCH)
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """Public images and the sites that merges are made of."""
+
+    sites: Sites
+    public: Part
+    count: int
+
+    @cached_property
+    def home(self) -> dict[str, Gaussian]:
+        """The mixture of the sites' own statistics."""
+        return self.sites.home()
+
+    @cached_property
+    def _goals(self) -> dict[str, Gaussian]:
+        return recalibrate.goals(self.sites, self._pictures)
+
+    @cached_property
+    def _abroad(self) -> dict[str, Gaussian]:
+        return recalibrate.abroad(self.sites, self._pictures)
+
+    @cached_property
+    def _pictures(self) -> Pictures:
+        return pictures(self.public, models.preprocess(self.sites.base), self.count)
+
+    @cached_property
+    def automatic(self) -> str:
+        """The mode that `auto` stands for."""
+        domain = recalibrate.compare(self.sites, self._pictures)
+        return restore.automatic(self.sites.shared, everyone=True, domain=domain, images=True)
+
+    def apply(self, network: models.Network, wanted: str) -> None:
+        """Restore a network in place, by a mode of the recipe."""
+        mode = self.automatic if wanted == "auto" else wanted
+        if mode == "none" or not models.normalization_layers(network.module):
+            return
+        recalibrate.assign(network, self._statistics(network, "statistics" if mode == "tune" else mode))
+        if mode == "tune":
+            self._tune(network)
+
+    def _statistics(self, network: models.Network, mode: str) -> Mapping[str, Channels]:
+        if mode == "moments":
+            return self.home
+        if mode == "relative":
+            return recalibrate.relative(network, self._pictures, home=self.home, abroad=self._abroad)
+        if mode == "repair":
+            return recalibrate.repair(network, self._pictures, goals=self._goals)
+        return recalibrate.observe(network, self._pictures)
+
+    def _tune(self, network: models.Network) -> None:
+        chosen, count = Recalibrate().tuning, self._pictures.count
+        labelled = self.public.label_column is not None and set(self.public.labels) <= set(network.labels)
+        rows = self.public.label_rows(network.labels) if labelled else None
+        some = [rows[index * len(rows) // count] for index in range(count)] if rows else None
+        recalibrate.tune(
+            network,
+            self._pictures,
+            some,
+            parameters=chosen.parameters,
+            steps=chosen.steps,
+            learning_rate=chosen.learning_rate,
+        )

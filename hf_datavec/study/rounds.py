@@ -1,0 +1,62 @@
+"""Several rounds at equal total epochs: FedAvg, and relays of merges, by one loop over the same pieces.
+
+The fused model of one round is the base of the next. FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1, all
+sites in every round) is the mean by image counts with the mixture of the sites' statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hf_datavec import recalibrate
+from hf_datavec.checkpoint import open_checkpoint
+from hf_datavec.models import Network
+from hf_datavec.study.networks import Seed, slug
+from hf_datavec.study.restoring import Restorer
+from hf_datavec.study.sections import Combining
+
+FEDAVG, FEDAVG_MODE = Combining(method="linear", options={"normalize": True}, weights="examples"), "moments"
+
+
+def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
+    """The fused models of each round, made now if they are not kept yet; every round has the same share of epochs."""
+    name = f"{slug(merge.name)}-{mode}-{rounds}"
+    base, found = seed.place.base, []
+    for number in range(1, rounds + 1):
+        fused = seed.folder / "rounds" / name / f"round-{number}"
+        if not fused.exists():
+            # A probe would throw away what the head has learned in the rounds before.
+            settings = seed.settings(share=1 / rounds, probe=number == 1)
+            vectors = [seed.vector(f"{name}/round-{number}/{site}", site, settings, base=base) for site in seed.sites]
+            network = fuse_and_restore(seed, vectors, merge, mode, base)
+            seed.write(network, open_checkpoint(base), fused)
+        base = fused
+        found.append(fused)
+    return found
+
+
+def with_heads(seed: Seed, steps: int, merge: Combining, mode: str) -> Path:
+    """The fused model after a second round in which every site fitted the head alone, and heads were averaged."""
+    name = f"{slug(merge.name)}-{mode}-heads"
+    first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
+    if not first.exists():
+        network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
+        seed.write(network, open_checkpoint(seed.place.base), first)
+    if not second.exists():
+        settings = replace(seed.settings(share=0), probe_steps=steps)
+        vectors = [seed.vector(f"{name}/round-2/{site}", site, settings, base=first) for site in seed.sites]
+        # Nothing but the head has moved, so the statistics of the first round still fit.
+        seed.write(
+            fuse_and_restore(seed, vectors, Combining(method="mean"), "none", first), open_checkpoint(first), second
+        )
+    return second
+
+
+def fuse_and_restore(seed: Seed, vectors: list[Path], merge: Combining, mode: str, base: Path) -> Network:
+    """The shared network after one round."""
+    plan = seed.plan(vectors, merge, base=base)
+    network = seed.merged(plan)
+    sites = recalibrate.sharing(plan.base, plan.contributions, device=seed.place.device)
+    Restorer(sites, seed.public, seed.place.study.public.count).apply(network, mode)
+    return network

@@ -1,0 +1,174 @@
+"""The rows of a study's table: what is compared, and the probabilities that each gives the test images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hf_datavec import evaluate, models, probe, recalibrate
+from hf_datavec.checkpoint import open_checkpoint
+from hf_datavec.finetune import cross_entropy
+from hf_datavec.study.kept import Kept
+from hf_datavec.study.networks import Seed
+from hf_datavec.study.restoring import Restorer
+from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, relay, with_heads
+from hf_datavec.study.sections import Combining, Heads
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+Kind = Literal["site", "probe", "fused", "ensemble", "pooled", "federated", "relay", "random"]
+# A single site's own statistics are right for it already, so only these modes change anything.
+FOR_ONE = ("statistics", "tune")
+PROBE_STEPS = 400
+POOLED = "pooled"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table before it is measured."""
+
+    name: str
+    kind: Kind
+    mode: str = ""
+
+    @property
+    def text(self) -> str:
+        """Its name and how it is restored."""
+        return f"{self.name}, {self.mode}" if self.mode else self.name
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """All rows of one seed; what was predicted before is read, not predicted again."""
+
+    seed: Seed
+
+    @cached_property
+    def kept(self) -> Kept:
+        return Kept(self.seed.folder / "predictions")
+
+    def rows(self) -> Iterator[tuple[Row, Floats]]:
+        """Every row with its probabilities (n, k) on the test images, in the order of the table."""
+        yield from self._sites()
+        yield from self._pooled()
+        yield from self._merges()
+        yield from self._rounds()
+
+    def get(self, row: Row, compute: Callable[[], Floats]) -> tuple[Row, Floats]:
+        """A row with its probabilities, computed if they are not kept."""
+        return row, self.kept.probabilities(row.text, compute)
+
+    def predicted(self, network: models.Network) -> Floats:
+        """A network's probabilities on the test images."""
+        return evaluate.predict(network, self.seed.test).probabilities
+
+    def vectors(self) -> list[Path]:
+        return self.seed.site_vectors()
+
+    def fused(self, merge: Combining, mode: str, vectors: Sequence[Path] = (), weights: Sequence[float] = ()) -> Floats:
+        """The probabilities of a merge, of all sites unless vectors are given, after restoration."""
+        return self.predicted(self.network(merge, mode, vectors, weights))
+
+    def network(
+        self, merge: Combining, mode: str, vectors: Sequence[Path] = (), weights: Sequence[float] = ()
+    ) -> models.Network:
+        """The shared network, merged and restored."""
+        plan = self.seed.plan(vectors or self.vectors(), merge, weights=weights)
+        network = self.seed.merged(plan)
+        if mode != "none":
+            key = tuple((one.name, one.weight) for one in plan.contributions)
+            if key not in self._restorers:
+                sites = recalibrate.sharing(plan.base, plan.contributions, device=self.seed.place.device)
+                self._restorers[key] = Restorer(sites, self.seed.public, self.seed.place.study.public.count)
+            self._restorers[key].apply(network, mode)
+        return network
+
+    @cached_property
+    def _restorers(self) -> dict[tuple[tuple[str, float], ...], Restorer]:
+        return {}
+
+    def _alone(self, vector: Path, mode: str) -> Floats:
+        """One trained network, with its own statistics or restored."""
+        return self.fused(Combining(), mode or "moments", [vector])
+
+    def _trained(self, name: str, share: float) -> Floats:
+        """A network on all data, trained for a share of the epochs."""
+        seed = self.seed
+        return self._alone(seed.vector(name, POOLED, seed.settings(share=share)), "")
+
+    def _sites(self) -> Iterator[tuple[Row, Floats]]:
+        modes = ["", *(mode for mode in self.seed.place.study.restore if mode in FOR_ONE)]
+        vectors = dict(zip(self.seed.sites, self.vectors(), strict=True))
+        for mode in modes:
+            each = []
+            for site, vector in vectors.items():
+                row, found = self.get(Row(site, "site", mode), partial(self._alone, vector, mode))
+                each.append(found)
+                yield row, found
+            yield Row("output ensemble of the sites", "ensemble", mode), sum(each[1:], each[0]) / len(each)
+        for site in self.seed.sites:
+            yield self.get(Row(f"linear probe of {site}", "probe"), partial(self._probe, site))
+        yield self.get(Row("linear probe, pooled", "probe"), partial(self._probe, POOLED))
+
+    def _probe(self, images: str) -> Floats:
+        """The base with a head that was trained on some images."""
+        base = open_checkpoint(self.seed.place.base)
+        network, some = models.load(self.seed.place.base, device=self.seed.place.device), self.seed.images(images)
+        balanced = self.seed.place.study.training.class_balanced
+        loss = cross_entropy(some.label_rows(network.labels), len(network.labels), balanced=balanced)
+        probe.fit(network, base, some, lambda logits, rows: loss({"logits": logits}, rows), steps=PROBE_STEPS)
+        return self.predicted(network)
+
+    def _pooled(self) -> Iterator[tuple[Row, Floats]]:
+        seed = self.seed
+        sizes = [len(seed.images(site)) for site in seed.sites]
+        # As many steps as the sites take on average.
+        shares = {"epochs": 1.0, "steps": sum(sizes) / len(sizes) / sum(sizes)}
+        for budget in seed.place.study.budgets:
+            name, share = f"{POOLED}-{budget}", shares[budget]
+            yield self.get(
+                Row(f"all data pooled, equal {budget}", "pooled"),
+                partial(self._trained, name, share),
+            )
+
+    def _merges(self) -> Iterator[tuple[Row, Floats]]:
+        study = self.seed.place.study
+        for merge in study.merges:
+            for mode in study.restore:
+                yield self.get(Row(merge.name, "fused", mode), partial(self.fused, merge, mode))
+        scale = next((merge.scale for merge in study.merges if not isinstance(merge.scale, str)), 1.0)
+        control = Combining(method="random", scale=scale)
+        for mode in study.restore:
+            yield self.get(Row("random vectors", "random", mode), partial(self.fused, control, mode))
+
+    def _rounds(self) -> Iterator[tuple[Row, Floats]]:
+        study = self.seed.place.study
+        if study.federated:
+            count = study.federated.rounds
+            row = Row(f"FedAvg, {count} rounds", "federated", FEDAVG_MODE)
+            yield self.get(row, partial(self._relayed, count, FEDAVG, FEDAVG_MODE))
+        if study.relay:
+            chosen = study.relay
+            for count in range(2, chosen.rounds + 1):
+                row = Row(f"{chosen.merge.name}, {count} rounds", "relay", chosen.restore)
+                yield self.get(row, partial(self._relayed, count, chosen.merge, chosen.restore))
+
+        if study.heads:
+            again = study.heads
+            row = Row(f"{again.merge.name}, then heads", "relay", again.restore)
+            yield self.get(row, partial(self._with_heads, again))
+
+    def _with_heads(self, heads: Heads) -> Floats:
+        last = with_heads(self.seed, heads.steps, heads.merge, heads.restore)
+        return self.predicted(models.load(last, device=self.seed.place.device))
+
+    def _relayed(self, rounds: int, merge: Combining, mode: str) -> Floats:
+        last = relay(self.seed, rounds, merge, mode)[-1]
+        return self.predicted(models.load(last, device=self.seed.place.device))

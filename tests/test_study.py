@@ -1,0 +1,392 @@
+"""The study: its file is checked as a whole, patients stay on one side, and what is kept gives the same table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import make_images, make_network
+from ruamel.yaml import YAML
+
+from hf_datavec import models, study
+from hf_datavec.errors import InputError, InputErrors
+from hf_datavec.located import parse
+from hf_datavec.study import comparison, partition, pictures
+from hf_datavec.study.rounds import FEDAVG
+from hf_datavec.study.sections import Study
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = "data: {images: ./images}\nbase: ./pretrained\n"
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        study.check(parse(text, "study.yaml"))
+    errors = caught.value.errors if isinstance(caught.value, InputErrors) else (caught.value,)
+    return [str(error) for error in errors]
+
+
+def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
+    found = problems(
+        "data: {images: ./x, lable: y}\nbase: demo\nsites: {make: random, count: 1}\n"
+        "merges:\n  - {method: ties, options: {densty: 1}}\n  - {method: summ}\nrestore: [statistc]\nseeds: [0, 0.5]\n"
+    )
+    assert [message.split("\n")[0] for message in found] == [
+        "study.yaml:1:21: data: unknown key 'lable'",
+        "study.yaml:3:30: sites.count: expected a number of at least 2, found 1",
+        "study.yaml:5:30: merges[0].options: unknown key 'densty'",
+        "study.yaml:6:14: merges[1].method: there is no merge method 'summ'",
+        "study.yaml:7:11: restore[0]: 'statistc' is not one of none, statistics, moments, relative, repair, tune, auto",
+        "study.yaml:8:12: seeds[1]: expected a whole number, found 0.5",
+    ]
+    hints = [message.rpartition("hint: ")[2] for message in found if "hint" in message]
+    assert hints == [
+        "did you mean 'label'?",
+        "did you mean 'density'?",
+        "did you mean 'sum'?",
+        "did you mean 'statistics'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("sites: {make: dirichlet}", "sites: make: dirichlet needs 'alpha:'"),
+        ("sites: {make: random, column: center}", "sites.column: is for make: column, but this is make: random"),
+        ("sites: {count: 3, shares: [1, 2]}", "sites.shares: 2 entries for 3 sites"),
+        ("test: {share: 0.2, column: split, values: [test]}", "test: needs either 'share:' or 'column:'"),
+        ("public: {share: 0.1, images: ./other}", "public: needs either 'share:' or 'images:'"),
+        ("public: {share: 0.9}", "public.share: test and public images leave none for the sites"),
+        ("merges: [{scale: 0.5}, {scale: 0.5}]", "merges[1]: 'sum x 0.5' is given twice"),
+        ("merges: [{method: fisher}]", "merges[0].method: a study has no images to learn 'fisher' on"),
+        ("merges: [{scale: fast}]", "merges[0].scale: expected 'auto' or a finite number, found 'fast'"),
+        (
+            "merges: [{weights: examples}, {method: mean, weights: examples}]",
+            "merges[1].weights: the method 'mean' ignores",
+        ),
+        ("sites: {count: 2}\nmerges: [{method: krum}]", "merges[0].method: the method 'krum'"),
+        ("relay: {merge: {methd: sum}}", "relay.merge: unknown key 'methd'"),
+        ("seeds: [1, 1]", "seeds: the seed 1 is given twice"),
+    ],
+)
+def test_keys_that_contradict_or_lack_each_other_are_told(lines, said):
+    assert any(said in message for message in problems(f"{MINIMAL}{lines}\n"))
+
+
+def test_the_schema_knows_every_key_of_a_study(run):
+    outcome = run("schema", "--study")
+    found = json.loads(outcome.out)
+    assert found["title"] == "hf-datavec study"
+    assert set(found["properties"]) == set(Study.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("study-*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_beside_the_recipes_are_right_for_the_parser_and_the_schema(path):
+    found = study.load(path)
+    assert found.merges[0].method == "auto"
+    assert not list(strange_keys(YAML(typ="safe").load(path.read_text()), study.schema(), study.schema()))
+
+
+def strange_keys(data, part, whole):
+    """The keys of data that a JSON Schema does not let in; enough of the standard for a study."""
+    options = part.get("anyOf", [part])
+    options = [whole["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in options]
+    if isinstance(data, list):
+        items = next(one["items"] for one in options if one.get("type") == "array")
+        for entry in data:
+            yield from strange_keys(entry, items, whole)
+    elif isinstance(data, dict):
+        found = next(one for one in options if one.get("type") == "object")
+        for key, value in data.items():
+            if key in found.get("properties", {}):
+                yield from strange_keys(value, found["properties"][key], whole)
+            elif found.get("additionalProperties") is not True:
+                yield key
+    elif "enum" in options[0] and data not in options[0]["enum"]:
+        yield data
+
+
+def a_table(groups: list[int], labels: list[int]) -> pictures.Table:
+    return pictures.Table(None, tuple(f"class {label}" for label in labels), tuple(f"p{group}" for group in groups))  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), min_size=200, max_size=400),
+    st.integers(0, 2**31),
+    st.sampled_from(
+        [
+            {"make": "random", "count": 3},
+            {"make": "random", "count": 3, "shares": [4, 1, 1]},
+            {"make": "dirichlet", "count": 3, "alpha": 0.5},
+            {"make": "scanners", "count": 2, "scanners": ["faint", "inverted"]},
+        ]
+    ),
+)
+def test_no_patient_is_on_two_sides_and_no_image_is_lost(rows, seed, sites):
+    table = a_table([group for group, _ in rows], [label for _, label in rows])
+    wanted = Study.model_validate({"data": {"images": "x"}, "base": "y", "sites": sites})
+    try:
+        found = partition.divide(wanted, table, seed)
+    except InputError:  # a part with too few images is refused, not made
+        return
+    assert sorted(place for places in found.parts.values() for place in places) == list(range(len(rows)))
+    sides = {name: {table.groups[place] for place in places} for name, places in found.parts.items()}
+    assert sum(map(len, sides.values())) == len(set().union(*sides.values())) == len(set(table.groups))
+    assert partition.divide(wanted, table, seed) == found
+
+
+def test_a_small_alpha_gives_sites_other_classes_and_a_large_one_the_same():
+    table = a_table(list(range(2000)), [index % 4 for index in range(2000)])
+
+    def skew(alpha: float) -> float:
+        wanted = Study.model_validate(
+            {"data": {"images": "x"}, "base": "y", "sites": {"make": "dirichlet", "alpha": alpha}}
+        )
+        found = partition.divide(wanted, table, 1)
+        shares = [
+            np.bincount([place % 4 for place in found.parts[site]], minlength=4) / len(found.parts[site])
+            for site in found.sites
+        ]
+        return float(np.std(shares, axis=0).mean())
+
+    assert skew(100.0) < 0.03 < 0.15 < skew(0.2)
+
+
+def test_sites_of_a_column_refuse_a_patient_who_is_at_two_of_them(clinic):
+    wanted = Study.model_validate(
+        {
+            "data": {"images": "./images", "group": "patient"},
+            "base": "y",
+            "sites": {"make": "column", "column": "centre"},
+        }
+    )
+    table = pictures.open_table(wanted.data, clinic)
+    assert partition.divide(wanted, table, 0).sites == ("north", "south")
+    moved = clinic / "images" / "metadata.csv"
+    lines = moved.read_text().splitlines()
+    patient = lines[1].split(",")[2]
+    other = next(line for line in lines[2:] if line.split(",")[2] == patient)
+    lines[lines.index(other)] = other.replace("north", "elsewhere").replace("south", "elsewhere")
+    moved.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=f"the group '{patient}' has two values in 'centre'"):
+        partition.divide(wanted, pictures.open_table(wanted.data, clinic), 0)
+
+
+def test_a_scanner_shows_the_same_picture_alike_in_every_part():
+    table = pictures.open_table(study.sections.Data(images="demo", count=40), Path())
+    one = pictures.part(table.images, [3, 7], ["faint", "inverted"])
+    other = pictures.part(table.images, [7, 3], ["inverted", "faint"])
+    assert np.array_equal(np.asarray(one.image(0)), np.asarray(other.image(1)))
+    plain = pictures.part(table.images, [3, 7])
+    assert np.array_equal(255 - np.asarray(plain.image(1)), np.asarray(one.image(1)))
+    assert len({one.digest, other.digest, plain.digest}) == 3
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_the_exact_binomial_test(wins, losses):
+    from scipy.stats import binomtest
+
+    expected = binomtest(wins, wins + losses, 0.5).pvalue if wins + losses else 1.0
+    assert comparison.mcnemar(wins, losses) == pytest.approx(expected, abs=1e-12)
+
+
+def test_intervals_over_seeds_are_those_of_student():
+    from scipy.stats import t
+
+    for count in (2, 3, 5, 11, 12, 40):
+        assert comparison.student(count - 1) == pytest.approx(t.ppf(0.975, count - 1), abs=3e-3)
+    values = [0.5, 0.7, 0.6]
+    found = comparison.over_seeds(values)
+    half = t.ppf(0.975, 2) * np.std(values, ddof=1) / math.sqrt(3)
+    assert (found.value, found.high - found.value) == pytest.approx((0.6, half), abs=1e-4)
+    assert math.isnan(comparison.over_seeds([0.5]).low)
+
+
+def test_a_paired_difference_counts_images_and_draws_whole_patients():
+    references = np.array([0, 0, 1, 1, 1, 0])
+    right, wrong = np.eye(2)[references], np.eye(2)[1 - references]
+    first, second = right.copy(), right.copy()
+    second[:2] = wrong[:2]
+    first[5] = wrong[5]
+    found = comparison.paired(first, second, references, ["a", "a", "b", "b", "c", "d"], seed=0)
+    assert (found.only_first, found.only_second) == (2, 1)
+    assert found.accuracy.value == pytest.approx(1 / 6)
+    alone = comparison.paired(first, second, references, ["all"] * 6, seed=0)
+    assert alone.accuracy.low == alone.accuracy.high == pytest.approx(1 / 6)
+
+
+@pytest.fixture
+def clinic(tmp_path: Path) -> Path:
+    """Small pictures of 30 patients at two centres, a pretrained network, and a study of them."""
+    make_network("test_resnet", tmp_path / "pretrained", labels=("x", "y"))
+    make_images(tmp_path / "raw", each=32)
+    rows, images = [("file_name", "label", "patient", "centre")], tmp_path / "images"
+    images.mkdir()
+    for number, picture in enumerate(sorted((tmp_path / "raw").rglob("*.png"))):
+        patient = number % 30
+        name = f"{number:03}.png"
+        picture.rename(images / name)
+        rows.append((name, picture.parent.name, f"p{patient}", "north" if patient < 15 else "south"))
+    with (images / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    write_study(tmp_path)
+    return tmp_path
+
+
+def write_study(folder: Path, **changed: object) -> None:
+    described = {
+        "data": {"images": "./images", "label": "label", "group": "patient"},
+        "base": "./pretrained",
+        "sites": {"make": "random", "count": 2},
+        "public": {"share": 0.2},
+        "seeds": [0, 1],
+        "training": {"epochs": 2, "learning_rate": 0.01},
+        "merges": [{"method": "sum", "scale": 0.5}, {"method": "ties"}],
+        "restore": ["none", "statistics", "relative"],
+        "curve": [0.0, 1.0],
+        "federated": {"rounds": 2},
+        "relay": {"rounds": 2},
+        "heads": {"steps": 20},
+        "output": "./results",
+        **changed,
+    }
+    (folder / "study.yaml").write_text(json.dumps(described))
+
+
+def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, run):
+    first = run("study", "study.yaml", "--device", "cpu")
+    assert first.code == 0, first.err
+    results = clinic / "results"
+    found = json.loads((results / "results.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    for name in (
+        "single site: mean", "single site: best", "single site, statistics: best", "linear probe, pooled",
+        "output ensemble of the sites", "all data pooled, equal epochs", "all data pooled, equal steps",
+        "sum x 0.5, none", "ties x 1, relative", "random vectors, statistics", "FedAvg, 2 rounds, moments",
+        "sum x 0.5, 2 rounds, statistics", "sum x 0.5, then heads, statistics",
+    ):  # fmt: skip
+        assert name in names
+        assert f"| {name} |" in first.out
+    assert all(len(row["seeds"]["accuracy"]) == 2 for row in found["rows"])
+    best, mean = (found["rows"][names.index(f"single site: {which}")]["seeds"] for which in ("best", "mean"))
+    assert all(one >= other for one, other in zip(best["balanced_accuracy"], mean["balanced_accuracy"], strict=True))
+    page = (results / "report.html").read_text()
+    assert all(f"<td>{name}</td>" in page for name in names)
+    assert page.count("src='data:image/png;base64,") == 8
+    assert "http" not in page
+    curves = json.loads((results / "curves.json").read_text())
+    assert [curve["name"] for curve in curves["scales"]] == ["none", "statistics", "relative"]
+    assert np.median(curves["drift"]["statistics"]) < np.median(curves["drift"]["none"])
+    digests = {path: path.read_bytes() for path in sorted(results.rglob("vector.safetensors"))}
+    text = (results / "README.md").read_text()
+    for kept in results.rglob("predictions/*"):
+        kept.unlink()
+    again = run("study", "study.yaml", "--device", "cpu")
+    assert again.code == 0
+    assert "trains for" in first.err
+    assert "trains for" not in again.err
+    assert (results / "README.md").read_text() == text
+    assert {path: path.read_bytes() for path in sorted(results.rglob("vector.safetensors"))} == digests
+
+
+def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
+    write_study(
+        clinic, seeds=[3], federated=None, relay=None, heads=None, restore=["none"], merges=[{"method": "ties"}]
+    )
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    folder = clinic / "results" / "seed-3"
+    assert run("merge", folder / "recipes" / "ties_x_1.yaml", "-o", "fused").code == 0
+    kept = next(path for path in folder.glob("predictions/*.npy") if path.name.startswith("ties_x_1__none"))
+    places = json.loads((folder / "parts.json").read_text())["test"]["images"]
+    table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
+    network = models.load(clinic / "fused")
+    with torch.no_grad():
+        pixels = table.images.tensors(network.preprocess, places)
+        expected = torch.softmax(network.logits(pixels).double(), 1).numpy()
+    assert np.allclose(np.load(kept), expected, atol=1e-6)
+
+
+def test_fedavg_is_the_mean_of_the_sites_networks_by_image_counts(clinic, run):
+    from safetensors.torch import load_file
+
+    write_study(
+        clinic,
+        seeds=[0],
+        relay=None,
+        heads=None,
+        restore=["none"],
+        sites={"make": "random", "count": 2, "shares": [3, 1]},
+    )
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    folder = clinic / "results" / "seed-0"
+    place = next(folder.glob("rounds/*/round-1"))
+    fused, base = load_file(place / "model.safetensors"), load_file(clinic / "results" / "base" / "model.safetensors")
+    vectors = [
+        load_file(path) for path in sorted(folder.glob(f"vectors/{place.parent.name}/round-1/*/vector.safetensors"))
+    ]
+    parts = json.loads((folder / "parts.json").read_text())
+    sizes = [len(parts[site]["images"]) for site in ("site-1", "site-2")]
+    assert sizes[0] > 2 * sizes[1]
+    for name in ("conv1.weight", "fc.bias"):
+        name = next(one for one in base if one.endswith(name))
+        mean = sum(size * vector[name].double() for size, vector in zip(sizes, vectors, strict=True)) / sum(sizes)
+        assert torch.allclose(fused[name].double(), base[name].double() + mean, atol=1e-6)
+    assert FEDAVG.weights == "examples"
+
+
+def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(clinic, run):
+    from safetensors.torch import load_file
+
+    write_study(clinic, seeds=[0], federated=None, relay=None, restore=["none"])
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    folder = clinic / "results" / "seed-0"
+    first, second = (
+        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-heads/round-*"))
+    )
+    vectors = [load_file(path) for path in sorted(folder.glob("vectors/*-heads/round-2/*/vector.safetensors"))]
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
+    for name in moved:
+        mean = (vectors[0][name].double() + vectors[1][name].double()) / 2
+        assert torch.allclose(second[name].double(), first[name].double() + mean, atol=1e-6)
+
+
+def test_another_study_is_refused_in_the_same_folder(clinic, run):
+    write_study(clinic, seeds=[0], federated=None, relay=None, heads=None)
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    write_study(clinic, seeds=[0], federated=None, relay=None, heads=None, training={"epochs": 3})
+    outcome = run("study", "study.yaml", "--device", "cpu")
+    assert outcome.code == 2
+    assert "holds a study with other training" in outcome.err
+
+
+def test_a_killed_study_goes_on_and_gives_the_table_of_one_that_was_not(clinic, run):
+    write_study(clinic, seeds=[0], federated=None, relay=None, heads=None)
+    command = [sys.executable, "-m", "hf_datavec", "study", "study.yaml", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parents[2])}
+    for folder in ("vectors/site-1", "predictions"):
+        process = subprocess.Popen([*command, "-o", "killed"], cwd=clinic, env=environment, stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL)  # fmt: skip
+        give_up = time.monotonic() + 300
+        while not (clinic / "killed" / "seed-0" / folder).exists() and time.monotonic() < give_up:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (clinic / "killed" / "results.json").exists()
+    assert run("study", "study.yaml", "-o", "killed", "--device", "cpu").code == 0
+    assert run("study", "study.yaml", "-o", "whole", "--device", "cpu").code == 0
+    assert (clinic / "killed" / "README.md").read_text() == (clinic / "whole" / "README.md").read_text()
