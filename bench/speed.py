@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODEL = "model.safetensors"
 VIT = {"vit-base": (768, 12, 12, 3072), "vit-large": (1024, 24, 16, 4096)}
@@ -58,6 +59,7 @@ names = [name for name, value in base.items() if value.is_floating_point()]
 count = len(tuned)
 if method == "ties":
     vectors = [torch.cat([(one[name] - base[name]).flatten() for name in names]) for one in tuned]
+    del tuned
     for vector in vectors:
         kept = int(0.2 * len(vector))
         vector[vector.abs() < vector.abs().kthvalue(len(vector) - kept + 1).values] = 0
@@ -115,7 +117,8 @@ def make(network: str, folder: Path, count: int, tuned: int) -> None:
         if not model.exists():
             tune(folder / "base", model, number)
         if not vector.exists():
-            subprocess.run([*ours("diff"), "base", model.name, "-o", vector.name], cwd=folder, check=True)
+            command = [*ours("diff"), "base", model.name, "-o", vector.name]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         if number >= tuned:
             shutil.rmtree(model)
 
@@ -226,7 +229,8 @@ def programs(folder: Path, method: str, count: int, mergekit: str | None) -> dic
         found["naive"] = [sys.executable, "-c", NAIVE, method, "out", *files]
     if mergekit and method in MERGEKIT and len(models) == count:
         found["mergekit"] = [mergekit, "--quiet", write_mergekit(folder, method, files), "out"]
-        found["mergekit, async"] = [*found["mergekit"], "--async-write"]
+        if method == "mean":  # its fastest setting, where writing is most of the work
+            found["mergekit, async"] = [*found["mergekit"], "--async-write"]
     return found
 
 
@@ -252,10 +256,9 @@ def write_mergekit(folder: Path, method: str, files: list[str]) -> str:
     return path.name
 
 
-def timed(command: list[str], folder: Path) -> Run:
-    """Run one program to its end, in a folder without output. Raises: SystemExit when it fails."""
-    for place in ("out",):
-        remove(folder / place)
+def timed(command: list[str], folder: Path) -> Run | None:
+    """Run one program to its end, in a folder without output; nothing when it fails, which is told."""
+    remove(folder / "out")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     begun = time.monotonic()
     with tempfile.TemporaryFile() as told:
@@ -269,7 +272,8 @@ def timed(command: list[str], folder: Path) -> Run:
         watcher.join()
         if status:
             told.seek(0)
-            raise SystemExit(f"{command} failed:\n{told.read().decode()[-3000:]}")
+            print(f"{' '.join(command)[:60]}... failed: {told.read().decode()[-1000:]}", flush=True)
+            return None
     remove(folder / "out")
     return Run(seconds, usage.ru_utime + usage.ru_stime, peak[0])
 
@@ -302,12 +306,14 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def compare(folder: Path, method: str, options: argparse.Namespace) -> None:
     """Run all programs for one method, and print its table."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[Any]] = {}
     chosen = programs(folder, method, options.vectors, options.mergekit)
+    chosen = {name: command for name, command in chosen.items() if name not in options.without}
     for number in range(options.rounds):
         for name, command in chosen.items():
             if not name.startswith("mergekit") or number < options.mergekit_rounds:
                 found.setdefault(name, []).append(timed(command, folder))
+    found = {name: [run for run in runs if run] for name, runs in found.items() if all(runs)}
     print(f"\n{options.network}, {method}, base + {options.vectors}, {options.rounds} rounds")
     print("| program | seconds | to the floor | to hf-datavec | processor seconds | peak MB |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -318,6 +324,45 @@ def compare(folder: Path, method: str, options: argparse.Namespace) -> None:
         rest = (spread(to_floor), spread(to_ours), spread([run.processor for run in runs], 1))
         memory = max(run.memory for run in runs) / 1e6
         print(f"| {name} | {spread(seconds)} | {' | '.join(rest)} | {memory:.0f} |", flush=True)
+
+
+def grow(folder: Path, options: argparse.Namespace) -> None:
+    """Merge growing numbers of vectors by each method, print the table, and draw it where `--plot` says."""
+    found: dict[str, list[tuple[int, list[Run]]]] = {}
+    for method in options.methods:
+        for count in options.grow:
+            command = [*ours("merge"), write_recipe(folder, method, vector=[f"./vector-{n}" for n in range(count)])]
+            runs = [run for _ in range(options.rounds) if (run := timed([*command, "-o", "out"], folder))]
+            found.setdefault(method, []).append((count, runs))
+    print(f"\n{options.network}, base + n vectors, {options.rounds} rounds")
+    print("| method | n | seconds | processor seconds | peak MB |")
+    print("| --- | --- | --- | --- | --- |")
+    for method, rows in found.items():
+        for count, runs in rows:
+            times = spread([run.seconds for run in runs]), spread([run.processor for run in runs], 1)
+            print(f"| {method} | {count} | {' | '.join(times)} | {max(run.memory for run in runs) / 1e6:.0f} |")
+    if options.plot:
+        draw(found, options.plot, options.network)
+
+
+def draw(found: dict[str, list[tuple[int, list[Run]]]], path: Path, network: str) -> None:
+    """Processor seconds over the number of vectors, a line for each method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for method, rows in found.items():
+        times = [statistics.median(run.processor for run in runs) for _, runs in rows]
+        axes.plot([count for count, _ in rows], times, marker="o", label=method)
+    axes.set_xlabel("vectors")
+    axes.set_ylabel("processor seconds")
+    axes.set_ylim(0)
+    axes.set_title(f"{network}: cost of a merge by the number of vectors", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def machine() -> Iterator[str]:
@@ -338,13 +383,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mergekit", help="mergekit-pytorch in an environment of its own")
     parser.add_argument("--mergekit-rounds", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], help="programs to leave out, such as naive")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "hf-datavec-bench")
+    parser.add_argument("--grow", type=int, nargs="+", help="numbers of vectors to merge, instead of a comparison")
+    parser.add_argument("--plot", type=Path, help="with --grow: where to draw the result")
     options = parser.parse_args()
     folder = options.work.absolute() / options.network
     folder.mkdir(parents=True, exist_ok=True)
-    make(options.network, folder, options.vectors, options.vectors)
+    make(options.network, folder, max(options.grow or [options.vectors]), 0 if options.grow else options.vectors)
     for line in machine():
         print(line)
+    if options.grow:
+        return grow(folder, options)
     for method in options.methods:
         compare(folder, method, options)
 

@@ -18,7 +18,7 @@ from hf_datavec.plan import Plan, Step
 from hf_datavec.survey import Survey
 from hf_datavec.tensors import TORCH_NAMES, in_file_order
 from hf_datavec.threads import Task, in_order
-from hf_datavec.vector import refuse_nonfinite, rows_by_label
+from hf_datavec.vector import Combination, refuse_nonfinite, rows_by_label
 
 if TYPE_CHECKING:
     import torch
@@ -130,12 +130,15 @@ class _Combining:
         step, count = self.step, len(self.plan.contributions)
         result = torch.empty(len(where), dtype=getattr(torch, TORCH_NAMES[step.record.dtype]), device=self.device)
         seen = torch.zeros(count, count, dtype=torch.float64, device=self.device)
+        # A search's combination was found finite when it was made, and a trial should cost little.
+        measured = not any(isinstance(one.source, Combination) for one in self.plan.contributions)
         done = 0
         for vectors, fused in self._slices(where):
             result[done : done + fused.shape[0]] = fused
             done += fused.shape[0]
-            for some in vectors.split(SLICE, dim=1) if vectors.shape[1] > SLICE else (vectors,):
-                seen += products(some)
+            if measured:
+                for some in vectors.split(SLICE, dim=1) if vectors.shape[1] > SLICE else (vectors,):
+                    seen += products(some)
         if not math.isfinite(float(seen.trace())):
             for one in self.plan.contributions:
                 refuse_nonfinite(one.source.read(step.name), step.name, one.name)
@@ -151,7 +154,8 @@ class _Combining:
         length = _slice_length(self.step, len(where), self.device)
         for start in range(where.start, where.stop, length):
             here = slice(start, min(start + length, where.stop))
-            vectors = torch.stack([part(here) for part in parts]).to(self.device)
+            rows = [part(here) for part in parts]
+            vectors = (torch.stack(rows) if len(rows) > 1 else rows[0][None]).to(self.device)
             combined = self.combine(_clipped(vectors, self.sites), start)
             # float32 plus float64 is float64, without a copy of the base in between
             yield vectors, torch.add(base[here].to(self.device), combined, alpha=self.step.scale)

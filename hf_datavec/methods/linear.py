@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def weighted_sum(vectors: "Tensor | Sequence[Tensor]", weights: "Sequence[float]") -> "Tensor":
     """The sum of vectors (n, d), or of n rows, times their weights, in float64, in the order of the sites."""
     # Site by site: torch's own sum picks its order by size and processor, and a slice must give the same bits.
-    total = vectors[0].double() * weights[0]
+    import torch
+
+    first = weights[0]
+    total = vectors[0].to(torch.float64, copy=True) if first == 1 else vectors[0].double() * first
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):
         total.add_(vector, alpha=weight)
     return total
@@ -32,7 +35,7 @@ def add(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 @method("mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False)
 def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The average of all vectors, each counted alike."""
-    return weighted_sum(vectors, [1.0] * len(vectors)) / len(vectors)
+    return weighted_sum(vectors, [1.0] * len(vectors)).div_(len(vectors))
 
 
 @method(
