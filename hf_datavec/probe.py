@@ -30,9 +30,10 @@ def fit(
     *,
     steps: int,
 ) -> None:
-    """Train the head in place, everything else as it is; `loss` takes logits (n, k) and rows (n,).
+    """Train a head of zeros in place, everything else as it is; `loss` takes logits (n, k) and rows (n,).
 
-    Full batches with AdamW and a cosine schedule, so no order of images and no seed matters.
+    From zeros, so that few steps are a mild fit, whatever head there was before. Full batches with AdamW and a cosine
+    schedule, so no order of images and no seed matters.
 
     Raises: InputError for a network whose head is no single linear layer, and for unreadable or unlabelled images.
     """
@@ -43,6 +44,9 @@ def fit(
     inputs = torch.cat(list(_inputs(network, head, images)))
     parameters = list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         for parameter, slope in zip(parameters, torch.autograd.grad(loss(head(inputs), rows), parameters), strict=True):

@@ -28,7 +28,7 @@ def test_a_probe_changes_the_head_alone_and_is_the_regression_on_the_features(tm
     assert {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}
     assert len(changed) == 2
 
-    # The same by hand: features of the untouched network, full batches, AdamW, cosine.
+    # The same by hand: features of the untouched network, full batches, AdamW, cosine, from zeros.
     fresh = models.load(base)
     seen = []
     head = fresh.module.timm_model.get_classifier()
@@ -37,6 +37,8 @@ def test_a_probe_changes_the_head_alone_and_is_the_regression_on_the_features(tm
         fresh.logits(images.tensors(fresh.preprocess, range(len(images))))
     handle.remove()
     rows = torch.tensor(images.label_rows(LABELS))
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2)
     for step in range(50):
         optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + np.cos(np.pi * step / 50))

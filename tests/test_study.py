@@ -277,7 +277,7 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
         "single site: mean", "single site: best", "single site, statistics: best", "linear probe, pooled",
         "output ensemble of the sites", "all data pooled, equal epochs", "all data pooled, equal steps",
         "sum x 0.5, none", "ties x 1, relative", "random vectors, statistics", "FedAvg, 2 rounds, moments",
-        "sum x 0.5, 2 rounds, statistics", "sum x 0.5, then heads, statistics",
+        "sum x 0.5, 2 rounds, statistics", "sum x 0.5, then heads, statistics", "heads alone, averaged",
     ):  # fmt: skip
         assert name in names
         assert f"| {name} |" in first.out

@@ -43,14 +43,22 @@ def with_heads(seed: Seed, steps: int, merge: Combining, mode: str) -> Path:
     if not first.exists():
         network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
         seed.write(network, open_checkpoint(seed.place.base), first)
-    if not second.exists():
+    return _averaged_heads(seed, f"{name}/round-2", steps, first, second)
+
+
+def heads_alone(seed: Seed, steps: int) -> Path:
+    """The control: the base, which nobody trained, with the mean of the heads that the sites fitted to it."""
+    return _averaged_heads(seed, "heads-alone", steps, seed.place.base, seed.folder / "rounds" / "heads-alone")
+
+
+def _averaged_heads(seed: Seed, name: str, steps: int, base: Path, place: Path) -> Path:
+    if not place.exists():
         settings = replace(seed.settings(share=0), probe_steps=steps)
-        vectors = [seed.vector(f"{name}/round-2/{site}", site, settings, base=first) for site in seed.sites]
-        # Nothing but the head has moved, so the statistics of the first round still fit.
-        seed.write(
-            fuse_and_restore(seed, vectors, Combining(method="mean"), "none", first), open_checkpoint(first), second
-        )
-    return second
+        vectors = [seed.vector(f"{name}/{site}", site, settings, base=base) for site in seed.sites]
+        # Nothing but the head has moved, so the statistics of the base still fit.
+        network = fuse_and_restore(seed, vectors, Combining(method="mean"), "none", base)
+        seed.write(network, open_checkpoint(base), place)
+    return place
 
 
 def fuse_and_restore(seed: Seed, vectors: list[Path], merge: Combining, mode: str, base: Path) -> Network:

@@ -14,7 +14,7 @@ from hf_datavec.finetune import cross_entropy
 from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.restoring import Restorer
-from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, relay, with_heads
+from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, heads_alone, relay, with_heads
 from hf_datavec.study.sections import Combining, Heads
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-Kind = Literal["site", "probe", "fused", "ensemble", "pooled", "federated", "relay", "random"]
+Kind = Literal["site", "probe", "fused", "ensemble", "pooled", "federated", "relay", "random", "control"]
 # A single site's own statistics are right for it already, so only these modes change anything.
 FOR_ONE = ("statistics", "tune")
 PROBE_STEPS = 400
@@ -164,11 +164,16 @@ class Measuring:
             again = study.heads
             row = Row(f"{again.merge.name}, then heads", "relay", again.restore)
             yield self.get(row, partial(self._with_heads, again))
+            yield self.get(Row("heads alone, averaged", "control"), partial(self._heads_alone, again.steps))
 
     def _with_heads(self, heads: Heads) -> Floats:
-        last = with_heads(self.seed, heads.steps, heads.merge, heads.restore)
-        return self.predicted(models.load(last, device=self.seed.place.device))
+        return self._loaded(with_heads(self.seed, heads.steps, heads.merge, heads.restore))
+
+    def _heads_alone(self, steps: int) -> Floats:
+        return self._loaded(heads_alone(self.seed, steps))
 
     def _relayed(self, rounds: int, merge: Combining, mode: str) -> Floats:
-        last = relay(self.seed, rounds, merge, mode)[-1]
-        return self.predicted(models.load(last, device=self.seed.place.device))
+        return self._loaded(relay(self.seed, rounds, merge, mode)[-1])
+
+    def _loaded(self, folder: Path) -> Floats:
+        return self.predicted(models.load(folder, device=self.seed.place.device))
