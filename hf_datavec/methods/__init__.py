@@ -9,7 +9,7 @@ A method is a small pure function over task vectors. It never sees the base, a f
 * a *site* method gets the inner products `(n, n)` of the vectors and weights `(n,)` and returns one factor per
   site, `(n,)`: the result is the sum of the vectors times these factors.
 
-A function that names `generators` gets one seeded generator per vector; one that names `thresholds` gets, of each
+A function that names `generators` gets one `Draws` per vector; one that names `thresholds` gets, of each
 vector, the magnitudes at the ranks that it was registered with. Adding a method is a decorated function in a module
 here, and a test.
 """
