@@ -32,6 +32,18 @@ class Gram:
         """Count the inner products (n, n) of some slices."""
         self._products = products if self._products is None else self._products + products
 
+    def rows(self) -> list[list[float]] | None:
+        """All that was counted as plain numbers, exact to the last bit; None for nothing."""
+        return None if self._products is None else self._products.tolist()
+
+    def count(self, rows: list[list[float]] | None) -> None:
+        """Count what another has counted, as its `rows`."""
+        import torch
+
+        if rows is not None:
+            products = torch.tensor(rows, dtype=torch.float64)
+            self._products = products if self._products is None else self._products + products
+
     def geometry(self) -> Geometry:
         """Norms and cosines of all that was counted; a zero vector has cosine 0 to every other."""
         if self._products is None:
