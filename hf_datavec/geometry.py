@@ -32,12 +32,13 @@ class Gram:
         """Count the inner products (n, n) of some slices."""
         self._products = products if self._products is None else self._products + products
 
-    def rows(self) -> list[list[float]] | None:
-        """All that was counted as plain numbers, exact to the last bit; None for nothing."""
-        return None if self._products is None else self._products.tolist()
+    def taken(self) -> list[list[float]] | None:
+        """All that was counted since the last call, as plain numbers, exact to the last bit; None for nothing."""
+        found, self._products = self._products, None
+        return None if found is None else found.tolist()
 
     def count(self, rows: list[list[float]] | None) -> None:
-        """Count what another has counted, as its `rows`."""
+        """Count what another has counted, as `taken` from it."""
         import torch
 
         if rows is not None:

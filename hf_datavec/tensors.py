@@ -225,7 +225,11 @@ def write_file(
     `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`, of each
     the tensor, or its flattened values piece by piece. No more than one of them is held.
     """
-    return write_into(path, lay_out(path, layout), stream)
+    coming = iter(stream)
+    written = write_into(path, lay_out(path, layout), coming)
+    if next(coming, None) is not None:
+        raise ValueError(f"stream yielded more than was planned for '{path}'")
+    return written
 
 
 def places(path: Path, layout: Iterable[Record]) -> list[Record]:
@@ -256,24 +260,24 @@ def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False) -> list
 
 
 def write_into(
-    path: Path, records: Sequence[Record], stream: Iterable[tuple[str, torch.Tensor]]
+    path: Path, records: Sequence[Record], stream: Iterator[tuple[str, torch.Tensor]]
 ) -> list[tuple[Record, str]]:
-    """Write tensors to their places in a file that `lay_out` made; returns each record with the hash of its bytes."""
+    """Write the next tensors of a stream, as in `write_file`, to their places in a file that `lay_out` made.
+
+    Returns each record with the hash of its bytes.
+    """
     written: list[tuple[Record, str]] = []
-    coming = iter(stream)
     try:
         with open(path, "r+b") as handle:
             for record in records:
                 hashed = blake3()
                 handle.seek(record.start)
-                for content in _contents(coming, record):
+                for content in _contents(stream, record):
                     handle.write(content)
                     hashed.update(content)
                 written.append((record, hashed.hexdigest()))
     except OSError as error:
         raise RunError(f"cannot write '{path}': {error.strerror}") from None
-    if next(coming, None) is not None:
-        raise ValueError(f"stream yielded more than was planned for '{path}'")
     return written
 
 

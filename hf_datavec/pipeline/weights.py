@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,12 +75,12 @@ def write_files(
     return [pair for part in parts for pair in zip(part.records, found[part.number].hashes, strict=True)]
 
 
-Fusing = Callable[[Part, Gram], Iterator[tuple[str, "torch.Tensor"]]]
+# From the names of tensors of one file, in its order, to the stream of their pieces; vectors are shown to the Gram.
+Fusing = Callable[[set[str], Gram], Iterator[tuple[str, "torch.Tensor"]]]
 
 
 def _fusing(plan: Plan, device: torch.device, survey: Survey) -> Fusing:
-    def stream(part: Part, gram: Gram) -> Iterator[tuple[str, torch.Tensor]]:
-        names = {record.name for record in part.records}
+    def stream(names: set[str], gram: Gram) -> Iterator[tuple[str, torch.Tensor]]:
         return fuse.pieces(plan, only=names, device=device, gram=gram, survey=survey)
 
     return stream
@@ -105,13 +106,17 @@ def _verified(parts: Sequence[Part], claimed: Mapping[int, Finished]) -> dict[in
 
 def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Iterator[tuple[int, Finished]]:
     with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell:
-        for part in mine:
-            seen = Gram()
-            pairs = tensors.write_into(part.file, part.records, _telling(fusing(part, seen), tell))
-            finished = Finished(tuple(one for _, one in pairs), seen.rows())
-            if ledger is not None:
-                ledger.enter(part, finished)
-            yield part.number, finished
+        for _, group in groupby(mine, key=lambda part: part.file):
+            parts, seen = list(group), Gram()
+            names = {record.name for part in parts for record in part.records}
+            # One stream for all parts of a file: threads work ahead, also beyond the end of a part.
+            stream = _telling(fusing(names, seen), tell)
+            for part in parts:
+                pairs = tensors.write_into(part.file, part.records, stream)
+                finished = Finished(tuple(one for _, one in pairs), seen.taken())
+                if ledger is not None:
+                    ledger.enter(part, finished)
+                yield part.number, finished
 
 
 def _telling(
