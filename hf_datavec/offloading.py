@@ -88,6 +88,9 @@ def _memory(device: torch.device) -> dict[int | str, int]:
 
 
 def _available() -> int:
+    """The bytes of the machine's memory that can be had; where nobody tells, as if without end."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 2**62
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
 
 
@@ -102,11 +105,11 @@ def _cached() -> int:
 
 
 def _limit() -> int | None:
-    from accelerate.utils import convert_file_size_to_int
-
     text = os.environ.get(LIMIT)
     if not text:
         return None
+    from accelerate.utils import convert_file_size_to_int
+
     try:
         return int(convert_file_size_to_int(text))
     except ValueError:
