@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DatavecError(Exception):
@@ -16,8 +17,18 @@ class DatavecError(Exception):
         self.hint = hint
         super().__init__(problem)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors travel between processes; pickle would call `__init__`, whose parameters differ from class to class.
+        return _again, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         return f"{self.problem}\n  hint: {self.hint}" if self.hint else self.problem
+
+
+def _again(kind: type[DatavecError], arguments: tuple[Any, ...], state: dict[str, Any]) -> DatavecError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class RunError(DatavecError):

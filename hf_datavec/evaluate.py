@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import metrics
+from hf_datavec import metrics, processes
 from hf_datavec.errors import RunError
 from hf_datavec.metrics import Estimate
 from hf_datavec.progress import progress
@@ -54,27 +54,23 @@ def predict(network: Network, images: ImageSet, *, batch_size: int = 64) -> Pred
     Raises: InputError for unreadable images, missing labels, and labels that the network lacks.
     """
     import numpy as np
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
 
     references = np.array(images.label_rows(network.labels), dtype=np.int64)
-    state = PartialState()
-    with state.split_between_processes(list(range(len(images)))) as indices:
-        parts = list(_probabilities(network, images, indices, batch_size))
-    # Only the images are split, never padded, so each is counted once whatever the number of processes.
-    rows = gather_object(parts) if state.num_processes > 1 else parts
-    return Predictions(network.labels, np.concatenate(rows), references)
+    # Whole batches are shared out, never padded: each image counts once, in the same batch in any number of processes.
+    mine = processes.share(range(0, len(images), batch_size))
+    parts = processes.together(lambda: list(_probabilities(network, images, mine, batch_size)))
+    return Predictions(network.labels, np.concatenate(processes.gathered(parts)), references)
 
 
 def _probabilities(
-    network: Network, images: ImageSet, indices: list[int], batch_size: int
+    network: Network, images: ImageSet, starts: Sequence[int], batch_size: int
 ) -> Iterator[NDArray[np.float64]]:
     import torch
 
-    starts = range(0, len(indices), batch_size)
     for start in progress(starts, text="evaluate", total=len(starts), unit="batch"):
         with torch.no_grad():
-            logits = network.logits(images.tensors(network.preprocess, indices[start : start + batch_size]))
+            indices = range(start, min(start + batch_size, len(images)))
+            logits = network.logits(images.tensors(network.preprocess, indices))
         if not bool(torch.isfinite(logits).all()):
             raise RunError(
                 "the network gives NaN or infinite values",

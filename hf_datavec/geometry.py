@@ -32,6 +32,19 @@ class Gram:
         """Count the inner products (n, n) of some slices."""
         self._products = products if self._products is None else self._products + products
 
+    def taken(self) -> list[list[float]] | None:
+        """All that was counted since the last call, as plain numbers, exact to the last bit; None for nothing."""
+        found, self._products = self._products, None
+        return None if found is None else found.tolist()
+
+    def count(self, rows: list[list[float]] | None) -> None:
+        """Count what another has counted, as `taken` from it."""
+        import torch
+
+        if rows is not None:
+            products = torch.tensor(rows, dtype=torch.float64)
+            self._products = products if self._products is None else self._products + products
+
     def geometry(self) -> Geometry:
         """Norms and cosines of all that was counted; a zero vector has cosine 0 to every other."""
         if self._products is None:

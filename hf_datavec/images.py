@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,8 @@ DATA_FILES = ("*.parquet", "*.arrow", "*.jpg", "*.jpeg", "*.png", "*.bmp", "*.ti
               "*.zip", "*.tar", "*.csv", "*.jsonl", "*.json", "*.md")  # fmt: skip
 TABLES = (".parquet", ".arrow", ".csv", ".jsonl", ".tar", ".zip", ".h5", ".hdf5")
 SPLITS = {"train", "validation", "val", "valid", "dev", "test"}
+# Each holds a decoded picture; more than eight would wait for the interpreter.
+DECODERS = min(8, os.cpu_count() or 1)
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -118,7 +122,8 @@ class ImageSet:
         """The preprocessed pictures of some indices, shape (n, channels, height, width)."""
         import torch
 
-        return torch.stack([preprocess(self.image(index)) for index in indices])
+        with ThreadPoolExecutor(DECODERS) as pool:  # reading and decoding release the interpreter lock
+            return torch.stack(list(pool.map(lambda index: preprocess(self.image(index)), indices)))
 
 
 def _eight_bit(image: Image) -> Image:

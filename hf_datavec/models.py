@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec import offloading, processes
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.errors import InputError, RunError, listed
 from hf_datavec.progress import quiet_transformers
@@ -25,14 +26,26 @@ class Network:
     module: Any
     labels: tuple[str, ...]
     preprocess: Callable[[Image], torch.Tensor]
+    # Where pictures go; None for where the weights are, all of them.
+    device: torch.device | str | None = None
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits, shape (n, labels), for preprocessed pictures, shape (n, channels, height, width)."""
         import torch
 
-        pixels = pixels.to(self.module.device, memory_format=torch.channels_last)
+        device = torch.device(self.device or self.module.device)
+        if device.type == "cuda":
+            pixels = pixels.pin_memory()  # so that the copy runs beside what the GPU still has to do
+        pixels = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
         result: torch.Tensor = self.module(pixel_values=pixels).logits
         return result
+
+
+def refuse_offloaded(network: Network, what: str) -> None:
+    """Raise InputError when a network is larger than its device, for what needs all weights at once."""
+    if network.device is not None:
+        hint = f"use a machine with more memory, or raise {offloading.LIMIT}"
+        raise InputError(f"{what} needs the whole network on one device, and it does not fit", hint=hint)
 
 
 def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
@@ -43,26 +56,26 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
     import torch
 
     checkpoint = open_checkpoint(folder)
+    if places := offloading.places(checkpoint, device):
+        return Network(load_module(checkpoint, places).eval(), checkpoint.labels, preprocess(checkpoint), device)
     module = load_module(checkpoint)
     # Convolutions, depthwise ones above all, run up to twice as fast in this order, on CPUs too.
     module = module.to(device, memory_format=torch.channels_last).eval()
     return Network(module, checkpoint.labels, preprocess(checkpoint))
 
 
-def load_module(checkpoint: Checkpoint) -> Any:
-    """The bare module of a checkpoint. Raises as `load`."""
+def load_module(checkpoint: Checkpoint, places: Mapping[str, int | str] | None = None) -> Any:
+    """The bare module of a checkpoint, its parts in the places that `offloading.places` found. Raises as `load`."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
 
     quiet_transformers()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        if checkpoint.library == "timm" and config.model_args:
-            # timm 1.0.31 records num_classes here too, and transformers then passes it twice and fails.
-            config.model_args.pop("num_classes", None)
+        config = offloading.config(checkpoint)
         module, info = AutoModelForImageClassification.from_pretrained(
-            checkpoint.folder, config=config, output_loading_info=True, dtype=torch.float32, local_files_only=True
-        )
+            checkpoint.folder, config=config, output_loading_info=True, dtype=torch.float32, local_files_only=True,
+            **({"device_map": dict(places)} if places else {}),
+        )  # fmt: skip
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"transformers cannot build the network in '{checkpoint.folder}': {reason}") from None
@@ -140,23 +153,13 @@ def statistic_layers(network: Network) -> dict[str, Any]:
         f"{name}.running_mean": network.module.get_submodule(name).running_mean.new_full((1,), number)
         for number, name in enumerate(live)
     }
-    numbers = {name: int(value) for name, value in _on_main_process(network, numbered).items()}
+    # Under torch.distributed, transformers writes files in the first process only, so that one tells the others.
+    found = processes.on_main(lambda: _translated(network, numbered)) if numbered else {}
+    numbers = {name: int(value) for name, value in found.items()}
     return {
         name.removesuffix(".running_mean"): network.module.get_submodule(live[number])
         for name, number in numbers.items()
     }
-
-
-def _on_main_process(network: Network, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # Under torch.distributed, transformers writes files in the first process only, so it tells the others.
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    found: list[dict[str, torch.Tensor]] = [{}]
-    state = PartialState()
-    if tensors and state.is_main_process:
-        found = [_translated(network, tensors)]
-    return (broadcast_object_list(found) if state.num_processes > 1 else found)[0]
 
 
 def refuse_other_tensors(folder: Path, planned: Mapping[str, Record], labels: tuple[str, ...]) -> None:

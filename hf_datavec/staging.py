@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hf_datavec.errors import InputError, RunError
+
+Kept = Callable[[Path, BaseException], bool]
 
 
 def refuse_existing(output: Path) -> None:
@@ -27,11 +29,11 @@ def partial_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(output: Path, *, keep_unfinished: bool = False) -> Iterator[Path]:
+def staged(output: Path, *, keep_unfinished: bool | Kept = False) -> Iterator[Path]:
     """Yield an empty hidden folder that is renamed to `output` when the block ends without an error.
 
     A killed run leaves at most the hidden `.NAME.partial`, which the next run of the same output replaces
-    (or continues, with `keep_unfinished`).
+    (or continues, with `keep_unfinished`, which may be asked whether what an error leaves is worth it).
 
     Raises: InputError if `output` exists; RunError if another process is writing it now.
     """
@@ -48,8 +50,8 @@ def staged(output: Path, *, keep_unfinished: bool = False) -> Iterator[Path]:
             _flush(partial)
             refuse_existing(output)  # somebody may have made it while we worked
             os.rename(partial, output)
-        except BaseException:
-            if not keep_unfinished:
+        except BaseException as error:
+            if not (keep_unfinished(partial, error) if callable(keep_unfinished) else keep_unfinished):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 

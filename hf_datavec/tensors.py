@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,7 +62,7 @@ class StoredTensors:
     records: Mapping[str, Record]
 
     @cached_property
-    def _files(self) -> dict[Path, Any]:
+    def _files(self) -> dict[Path, tuple[Any, tuple[int, int]]]:
         return {}
 
     @property
@@ -74,13 +74,21 @@ class StoredTensors:
         return sum(record.nbytes for record in self.records.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, in the type it is stored in."""
+        """The tensor, on the CPU, in the type it is stored in.
+
+        Raises: RunError when the file has gone or changed since it was opened.
+        """
         from safetensors import safe_open
 
         file = self.records[name].file
+        now = _stamp(file)
         if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt")
-        tensor: torch.Tensor = self._files[file].get_tensor(name)
+            self._files[file] = safe_open(file, framework="pt"), now
+        opened, stamp = self._files[file]
+        if now != stamp:
+            # Seen before it is touched: beyond the end of a file that was cut, a mapping ends the process.
+            raise RunError(f"'{file}' was changed while it was being read", hint="let it be, and run again")
+        tensor: torch.Tensor = opened.get_tensor(name)
         return tensor
 
     @cached_property
@@ -90,8 +98,18 @@ class StoredTensors:
         It does not depend on how tensors are spread over files, nor on a file's metadata.
         """
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            hashes = list(pool.map(_hash, (self.records[name] for name in sorted(self.records))))
+            hashes = list(pool.map(hash_of, (self.records[name] for name in sorted(self.records))))
         return combined_digest(zip((self.records[name] for name in sorted(self.records)), hashes, strict=True))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        hint = "is its disk still there? put it back and run again"
+        raise RunError(f"cannot read '{file}' any more: {error.strerror}", hint=hint) from None
+    return found.st_size, found.st_mtime_ns
 
 
 def combined_digest(parts: Iterable[tuple[Record, str]]) -> str:
@@ -103,7 +121,8 @@ def combined_digest(parts: Iterable[tuple[Record, str]]) -> str:
     return f"blake3:{whole.hexdigest()}"
 
 
-def _hash(record: Record) -> str:
+def hash_of(record: Record) -> str:
+    """The hash of a stored tensor's bytes."""
     if not record.nbytes:
         return blake3().hexdigest()
     with open(record.file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -206,24 +225,59 @@ def write_file(
     `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`, of each
     the tensor, or its flattened values piece by piece. No more than one of them is held.
     """
-    records = in_file_order(layout)
-    header, start = _header(records)
-    written: list[tuple[Record, str]] = []
     coming = iter(stream)
-    try:
-        with open(path, "wb") as handle:
-            handle.write(header)
-            for record in records:
-                hashed = blake3()
-                for content in _contents(coming, record):
-                    handle.write(content)
-                    hashed.update(content)
-                written.append((replace(record, file=path, start=start), hashed.hexdigest()))
-                start += record.nbytes
-    except OSError as error:
-        raise RunError(f"cannot write '{path}': {error.strerror}") from None
+    written = write_into(path, lay_out(path, layout), coming)
     if next(coming, None) is not None:
         raise ValueError(f"stream yielded more than was planned for '{path}'")
+    return written
+
+
+def places(path: Path, layout: Iterable[Record]) -> list[Record]:
+    """Where tensors go in a file of theirs, in the order of its bytes."""
+    records = in_file_order(layout)
+    _, start = _header(records)
+    placed = []
+    for record in records:
+        placed.append(Record(record.name, record.dtype, record.shape, path, start))
+        start += record.nbytes
+    return placed
+
+
+def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False) -> list[Record]:
+    """Make a file with its header, its final size and holes where its tensors go; returns their places.
+
+    With `keep`, what stands between header and end stays.
+    """
+    placed = places(path, layout)
+    header, start = _header(placed)
+    try:
+        with open(path, "r+b" if keep and path.is_file() else "wb") as handle:
+            handle.write(header)
+            handle.truncate(start + sum(record.nbytes for record in placed))
+    except OSError as error:
+        raise RunError(f"cannot write '{path}': {error.strerror}") from None
+    return placed
+
+
+def write_into(
+    path: Path, records: Sequence[Record], stream: Iterator[tuple[str, torch.Tensor]]
+) -> list[tuple[Record, str]]:
+    """Write the next tensors of a stream, as in `write_file`, to their places in a file that `lay_out` made.
+
+    Returns each record with the hash of its bytes.
+    """
+    written: list[tuple[Record, str]] = []
+    try:
+        with open(path, "r+b") as handle:
+            for record in records:
+                hashed = blake3()
+                handle.seek(record.start)
+                for content in _contents(stream, record):
+                    handle.write(content)
+                    hashed.update(content)
+                written.append((record, hashed.hexdigest()))
+    except OSError as error:
+        raise RunError(f"cannot write '{path}': {error.strerror}") from None
     return written
 
 

@@ -18,6 +18,7 @@ from hf_datavec import hub, models, recalibrate
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
 from hf_datavec.recalibrate import Pictures, lockstep
+from hf_datavec.recalibrate.pooling import measure, summed
 
 COUNT = 23
 
@@ -137,6 +138,7 @@ from hf_datavec import hub, models
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
 from hf_datavec.recalibrate import Pictures, lockstep
+from hf_datavec.recalibrate.pooling import measure, summed
 from test_recalibrate import COUNT, restored
 state = PartialState(cpu=True)
 network = models.load(Path(sys.argv[1]))
@@ -209,3 +211,104 @@ def test_moments_combine_the_sites_statistics_by_the_law_of_total_variance(tmp_p
         torch.testing.assert_close(fused[mean].double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(fused[variance].double(), within + between, rtol=1e-5, atol=1e-6)
         assert bool((fused[variance] >= 0).all())
+
+
+def varied(count: int) -> torch.Tensor:
+    """Pictures that differ from each other in brightness and contrast, in the order of their brightness."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(count, 3, 16, 16, generator=generator)
+    spread = torch.rand(count, 1, 1, 1, generator=generator) + 0.5
+    return noise * spread + torch.linspace(-1, 1, count)[:, None, None, None]
+
+
+def seen_by(network: models.Network, images: torch.Tensor, tolerance: float, batch_size: int = 8):
+    looked: list[int] = []
+
+    def load(indices):
+        looked.extend(indices)
+        return images[list(indices)]
+
+    found = recalibrate.observe(network, Pictures(len(images), load, batch_size, tolerance=tolerance))
+    return found, looked
+
+
+def test_the_standard_error_is_how_far_statistics_of_so_many_images_are_from_those_of_all():
+    """Against the formula and against drawing again and again, in one channel of a layer that sees the pictures."""
+    draws = []
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.randn(40, 2, 1, 1, generator=generator)
+        values = means + 2 * torch.randn(40, 2, 3, 3, generator=generator)
+        draws.append(summed([measure(values[:13]), measure(values[13:])]))
+    # One of image means, plus four within images: five in all.
+    of_means = torch.stack([one.mean for one in draws]).std(0) / 5**0.5
+    of_deviations = torch.stack([one.variance.sqrt() for one in draws]).std(0) / 5**0.5
+    expected = max(float((of_means**2).mean() ** 0.5), float((of_deviations**2).mean() ** 0.5))
+    errors = torch.tensor([one.error for one in draws])
+    assert float(errors.mean()) == pytest.approx(expected, rel=0.1)
+    assert [draws[0].images, draws[0].moments.count] == [40, 360]
+
+
+def test_moments_of_a_layer_are_exact_for_every_shape_and_size_of_its_input():
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((5, 3), (4, 2, 1, 1), (3, 7, 5), (2, 4, 300, 300), (3, 40, 64, 64), (2, 600, 2, 2)):
+        values = torch.randn(shape, generator=generator) * 3 + 50
+        found = summed([measure(values[:1]), measure(values[1:])])
+        wide = values.double().movedim(1, 0).reshape(shape[1], -1)
+        torch.testing.assert_close(found.mean, wide.mean(1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.variance, wide.var(1, correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_restoration_ends_when_the_statistics_have_converged(tmp_path, monkeypatch):
+    monkeypatch.setattr(lockstep, "JOINT", 32)
+    network, images = models.load(make_network("test_resnet", tmp_path / "net")), varied(160)
+    _, everything = seen_by(network, images, 0.0)
+    assert sorted(everything) == list(range(160))
+    exact, _ = seen_by(network, images, 0.0)
+    error_of_all = max(one.error for one in exact.values())
+    found, looked = seen_by(network, images, error_of_all * 1.6)
+    assert len(looked) == len(set(looked)) == next(iter(found.values())).images
+    assert 32 < len(looked) < 160
+    # It would not have been enough one group earlier, and every group is a sample of the whole.
+    assert max(one.error for one in found.values()) <= error_of_all * 1.6
+    fewer, _ = seen_by(network, images[sorted(looked[:-32])], 0.0)
+    assert max(one.error for one in fewer.values()) > error_of_all * 1.6
+    assert abs(sum(looked) / len(looked) - 79.5) < 3
+    for name, one in found.items():
+        shift = ((one.mean - exact[name].mean) ** 2 / exact[name].variance).mean().sqrt()
+        assert float(shift) < 4 * error_of_all * 1.6, name
+    for batch_size in (1, 5, 64):
+        other, also = seen_by(network, images, error_of_all * 1.6, batch_size)
+        assert also == looked
+        for name, one in found.items():
+            torch.testing.assert_close(one.mean, other[name].mean, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_looked_at_can_be_looked_at_again_in_the_same_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(lockstep, "JOINT", 32)
+    network, images = models.load(make_network("test_resnet", tmp_path / "net")), varied(150)
+    whole = Pictures(150, lambda indices: images[list(indices)], 8, tolerance=0.5)
+    found = recalibrate.observe(network, whole)
+    assert next(iter(found.values())).images == 30
+    again = recalibrate.observe(network, recalibrate.looked_at(found, whole))
+    for name, one in found.items():
+        assert torch.equal(one.mean, again[name].mean)
+    assert recalibrate.looked_at(recalibrate.observe(network, Pictures(150, whole.load)), whole) is whole
+    two = recalibrate.observe(
+        network, Pictures(150, whole.load, 8, tolerance=max(o.error for o in found.values()) * 0.8)
+    )
+    chosen = recalibrate.looked_at(two, Pictures(150, whole.load, 8))
+    for name, one in recalibrate.observe(network, chosen).items():
+        torch.testing.assert_close(one.mean, two[name].mean, rtol=1e-6, atol=1e-7)
+
+
+def test_a_merge_says_how_many_images_it_took(study, run, monkeypatch):
+    monkeypatch.setattr(lockstep, "JOINT", 6)
+    recipe = write_recipe(
+        study / "r.yaml", base="./base", vectors=["./site-a"], output="./restored",
+        recalibrate={"images": "./images", "tolerance": 1.0},
+    )  # fmt: skip
+    outcome = run("merge", recipe)
+    assert outcome.code == 0, outcome.err
+    assert "BatchNorm layers were re-estimated on 6 images of `images`, after which they had converged (" in outcome.out
+    assert "recalibrate: after 6 of 18 images the statistics had converged (standard error 0." in outcome.err

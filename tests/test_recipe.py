@@ -40,6 +40,7 @@ recalibrate:
   mode: statistics
   count: 512
   batch_size: 64
+  tolerance: 0.02
 evaluate:
   images: ./public-test
   split: test
@@ -87,7 +88,7 @@ def test_every_key_is_read_as_written():
         },
         "recalibrate": {
             "images": "consortium/public-skin@77aa", "split": "train", "mode": "statistics", "count": 512,
-            "batch_size": 64,
+            "batch_size": 64, "tolerance": 0.02,
         },
         "evaluate": {"images": "./public-test", "split": "test", "batch_size": 8},
         "output": "./fused",

@@ -130,9 +130,8 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_relative_is_its_formula_channel_by_channel(sites, pixels):
     network, total = fused(sites), 3.0
     home = sites.home()
-    found = recalibrate.relative(
-        network, pictures(pixels), home=home, abroad=recalibrate.abroad(sites, pictures(pixels))
-    )
+    seen = recalibrate.observe(network, pictures(pixels))
+    found = recalibrate.relative(seen, home=home, abroad=recalibrate.abroad(sites, pictures(pixels)))
     of_fused = one_batch(fused(sites), pixels, own=False)
     of_sites = [one_batch(one, pixels, own=False) for one, _ in sites.networks()]
     for name, restored in found.items():
@@ -152,7 +151,8 @@ def test_relative_gives_the_sites_own_statistics_when_nothing_was_merged(sites, 
     alone = Sites(sites.base, sites.members[:1], shared=True)
     network, own = next(alone.networks())
     abroad = recalibrate.abroad(alone, pictures(pixels))
-    for name, restored in recalibrate.relative(network, pictures(pixels), home=alone.home(), abroad=abroad).items():
+    seen = recalibrate.observe(network, pictures(pixels))
+    for name, restored in recalibrate.relative(seen, home=alone.home(), abroad=abroad).items():
         close(restored.mean, own[name].mean)
         close(restored.variance, own[name].variance)
 
@@ -160,7 +160,7 @@ def test_relative_gives_the_sites_own_statistics_when_nothing_was_merged(sites, 
 def test_relative_is_re_estimation_when_the_pictures_are_the_sites_own(sites, pixels):
     abroad = recalibrate.abroad(sites, pictures(pixels))
     expected = recalibrate.observe(fused(sites), pictures(pixels))
-    found = recalibrate.relative(fused(sites), pictures(pixels), home=abroad, abroad=abroad)
+    found = recalibrate.relative(expected, home=abroad, abroad=abroad)
     for name, restored in found.items():
         close(restored.mean, expected[name].mean)
         close(restored.variance, expected[name].variance)
@@ -198,13 +198,13 @@ def test_repair_leaves_a_channel_alone_that_its_layer_switches_off(sites, pixels
 
 @pytest.mark.parametrize("mode", ["relative", "repair"])
 def test_the_batch_size_changes_no_carried_over_statistics(mode, sites, pixels, monkeypatch):
-    reference = restore.measured(mode, fused(sites), pictures(pixels, 20), sites)
+    reference = restore.measured(mode, fused(sites), pictures(pixels, 20), sites).statistics
     for batch_size in (1, 6):
-        for name, found in restore.measured(mode, fused(sites), pictures(pixels, batch_size), sites).items():
+        for name, found in restore.measured(mode, fused(sites), pictures(pixels, batch_size), sites).statistics.items():
             close(found.mean, reference[name].mean)
             close(found.variance, reference[name].variance)
     monkeypatch.setattr(lockstep, "JOINT", 8)  # groups are pooled: the first layer sees the pictures themselves
-    grouped = restore.measured(mode, fused(sites), pictures(pixels, 3), sites)
+    grouped = restore.measured(mode, fused(sites), pictures(pixels, 3), sites).statistics
     close(next(iter(grouped.values())).mean, next(iter(reference.values())).mean)
 
 

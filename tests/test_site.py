@@ -120,16 +120,16 @@ def test_frozen_parts_do_not_move(tmp_path, run):
 
 
 def test_a_class_balanced_loss_weighs_rare_classes_up():
-    from hf_datavec.finetune import _cross_entropy
+    from hf_datavec.finetune import cross_entropy
 
     rows = [0] * 9 + [1]
     logits = torch.zeros(10, 3, requires_grad=True)
-    _cross_entropy(rows, 3, balanced=True)({"logits": logits}, torch.tensor(rows), num_items_in_batch=10).backward()
+    cross_entropy(rows, 3, balanced=True)({"logits": logits}, torch.tensor(rows), num_items_in_batch=10).backward()
     pull = -logits.grad[torch.arange(10), torch.tensor(rows)]
     torch.testing.assert_close(pull[:9].sum(), pull[9])
     ln3 = torch.log(torch.tensor(3.0))
     torch.testing.assert_close(
-        _cross_entropy(rows, 3, balanced=True)({"logits": logits.detach()}, torch.tensor(rows)), ln3
+        cross_entropy(rows, 3, balanced=True)({"logits": logits.detach()}, torch.tensor(rows)), ln3
     )
 
 

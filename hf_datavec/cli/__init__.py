@@ -10,7 +10,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from hf_datavec import processes
 from hf_datavec.errors import DatavecError, InputError
+
+# The commands that share their work out; the others read little, or train, where more processes change the result.
+SHARED = ("merge", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,29 +24,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare()
     options = parser().parse_args(arguments)
     try:
-        _refuse_several_processes()
-        return int(options.run(options) or 0)
+        _refuse_several_processes(options.command)
+        return int(processes.together(lambda: options.run(options)) or 0)
     except DatavecError as error:
-        sys.stderr.write("".join(f"{_told(one)}\n" for one in (getattr(error, "errors", None) or (error,))))
+        if processes.tells(error):
+            sys.stderr.write("".join(f"{_told(one)}\n" for one in (getattr(error, "errors", None) or (error,))))
         return error.exit_code
     except BrokenPipeError:  # `hf-datavec methods | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder without permission
         where = f" '{error.filename}'" if error.filename else ""
-        sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        if processes.tells(error):
+            sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing half written was left in place\n")
+        if processes.is_main():
+            sys.stderr.write("interrupted; nothing half written was left in place\n")
         return 130
+    finally:
+        processes.leave()
 
 
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            f"hf-datavec was started as {os.environ['WORLD_SIZE']} processes, but its commands run as one",
-            hint="start it without torchrun or accelerate launch",
+def _refuse_several_processes(command: str) -> None:
+    if processes.count() > 1 and command not in SHARED:
+        error = InputError(
+            f"hf-datavec was started as {processes.count()} processes, but {command} runs as one",
+            hint=f"start it without torchrun or accelerate launch; {' and '.join(SHARED)} take any number",
         )
+        raise processes.known(error)
 
 
 def _told(error: DatavecError) -> str:
@@ -65,10 +75,12 @@ def _prepare() -> None:
 class _Stderr(logging.Handler):
     # Looked up at each message, so that redirected streams are respected.
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        if processes.is_main():
+            sys.stderr.write(self.format(record) + "\n")
 
 
 def _terminate(number: int, _: Any) -> None:
     # As an exception, so that unfinished folders are taken away on the way out.
-    sys.stderr.write("terminated; nothing half written was left in place\n")
+    if processes.is_main():
+        sys.stderr.write("terminated; nothing half written was left in place\n")
     raise SystemExit(128 + number)

@@ -9,9 +9,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from hf_datavec import processes
+
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    if processes.is_main():
+        sys.stdout.write(text + "\n")
 
 
 def _say_json(data: Any) -> None:

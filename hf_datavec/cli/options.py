@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _command(actions: Commands, name: str, help: str) -> argparse.ArgumentParser:
     found = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
-    found.set_defaults(run=commands.BY_NAME[name])
+    found.set_defaults(run=commands.BY_NAME[name], command=name)
     return found
 
 

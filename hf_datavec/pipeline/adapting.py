@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +57,8 @@ class Adaptation:
         (folder / COEFFICIENTS_FILE).write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
-def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: torch.device) -> tuple[Plan, Adaptation]:
-    """The plan with coefficients that were learned on the images; `folder` holds the model to start from.
+def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: torch.device) -> Adaptation:
+    """Coefficients for a plan, learned on the images; `folder` holds the model to start from.
 
     Raises: InputError for a single image; RunError when predictions are not finite.
     """
@@ -70,6 +70,7 @@ def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: torch.device) -
         hint = "name a folder with some hundreds, and raise recalibrate.count"
         raise InputError(f"coefficients cannot be learned on {count} image of '{images.text}'", hint=hint)
     network = models.load(folder, device=device)
+    models.refuse_offloaded(network, "learning coefficients")
     chosen = steps[0].method.chosen(steps[0].options)
     if any(step.method.chosen(step.options) != chosen for step in steps):
         raise InputError(
@@ -91,8 +92,7 @@ def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: torch.device) -
             "learning diverged: the coefficients are not finite", hint="use a smaller learning_rate or scale"
         )
     names = tuple(one.name for one in plan.contributions)
-    done = Adaptation(learned, names, images.fetched.reference.identity, images.digest, count)
-    return replace(plan, coefficients=learned.coefficients), done
+    return Adaptation(learned, names, images.fetched.reference.identity, images.digest, count)
 
 
 def _parts(plan: Plan, steps: list[Step]) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import fuse, models, variants
+from hf_datavec import models, processes, variants
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import DatavecError, InputError
+from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Gram
 from hf_datavec.images import ImageSet
+from hf_datavec.pipeline import weights
 from hf_datavec.plan import Contribution, Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Measured, Merge, Override, ScaleSearch, WeightSearch
 from hf_datavec.search import Search, Trial, Weights, over_weights
-from hf_datavec.tensors import Record, open_file, write_file
+from hf_datavec.tensors import Record, open_file
 from hf_datavec.vector import Combination
 
 if TYPE_CHECKING:
@@ -90,9 +92,7 @@ class Chooser:
 
     def _trial(self, wanted: Measured, setting: float | Weights, plan: Plan, writing: Plan) -> Trial:
         try:
-            self.make(plan, writing, Gram())
-            network = models.load(self.folder, device=self.device)
-            found = evaluation.evaluate_network(network, self.images, batch_size=wanted.batch_size)
+            found = processes.together(lambda: self._measured(wanted, plan, writing))
         except DatavecError as error:
             # A scale that is far too large breaks the network; that is a finding, and the others may be fine.
             log.info("search: %s: %s", _shown(setting), error.problem)
@@ -100,6 +100,11 @@ class Chooser:
         estimate = found.metrics[wanted.metric]
         log.info("search: %s: %s %.4f", _shown(setting), wanted.metric, estimate.value)
         return Trial(setting, estimate)
+
+    def _measured(self, wanted: Measured, plan: Plan, writing: Plan) -> Evaluation:
+        self.make(plan, writing, Gram())
+        network = models.load(self.folder, device=self.device)
+        return evaluation.evaluate_network(network, self.images, batch_size=wanted.batch_size)
 
     def _result(self, kind: str, wanted: Measured, plan: Plan, trials: list[Trial]) -> Search:
         names = tuple(one.name for one in plan.contributions)
@@ -145,8 +150,7 @@ def _combined(plan: Plan, path: Path, device: torch.device, gram: Gram) -> Plan:
         base=nothing,
         steps=tuple(replace(step, record=record, scale=1.0) for step, record in zip(steps, layout, strict=True)),
     )
-    stream = fuse.pieces(bare, device=device, gram=gram)
-    write_file(path, layout, progress(stream, text="combine", unit="piece"))
+    weights.write_files(bare, {path: layout}, device, gram)
     source = Combination(plan.labels, open_file(path))
     whole = Contribution("combination", plan.base_fetched, source, 1.0, "")
     overrides = tuple(Override(tensors=one.tensors, scale=one.scale) for one in plan.recipe.merge.overrides)

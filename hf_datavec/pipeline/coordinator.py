@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec import automatic, fuse, hub, lineage, models, report, study_base, tensors, variants
+from hf_datavec import automatic, hub, lineage, models, processes, report, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
-from hf_datavec import survey as surveys
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, finished, lock
+from hf_datavec.pipeline import choosing, finished, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
-from hf_datavec.pipeline.adapting import adapt
+from hf_datavec.pipeline.adapting import Adaptation, adapt
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.choosing import Choice, Chooser
 from hf_datavec.pipeline.prepare import (
@@ -32,9 +33,8 @@ from hf_datavec.pipeline.prepare import (
     search_images,
 )
 from hf_datavec.plan import Plan
-from hf_datavec.progress import progress
 from hf_datavec.search import Search
-from hf_datavec.staging import refuse_existing, staged
+from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.threads import import_ahead
 from hf_datavec.vector import TaskVector
 
@@ -65,72 +65,138 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
 
     Raises: InputError before anything is written; after that the output appears whole or not at all.
     """
-    prepared = prepare(path)
+    if processes.count() > 1:
+        devices.choose(device)  # where they meet: from here on an error in one of them ends all
+    prepared = processes.first_on_each_machine(lambda: prepare(path))
     output = _output(prepared, output)
     pushing = push and prepared.recipe.push is not None
     if not pushing:
-        refuse_existing(output)
+        processes.on_main(lambda: refuse_existing(output))
     # Opened before anything is written, so that mistakes show early.
-    public, test = calibration_images(prepared), evaluation_images(prepared)
-    labelled, learning = search_images(prepared), learning_images(prepared)
-    _verify(prepared.plan)
+    images = processes.first_on_each_machine(lambda: _open_images(prepared))
+    processes.together(lambda: _verify(prepared.plan))
     place = devices.choose(device)
-    resolved, why = automatic.resolve(prepared.plan)
+    resolved, why = processes.together(lambda: automatic.resolve(prepared.plan))
     prepared = replace(prepared, plan=resolved)
     if why:
         log.info("%s", why)
-    if pushing and (geometry := finished.geometry_of(output, prepared, public, test, place)):
-        return _handed_over(prepared, output, geometry)
+    if pushing:
+        geometry = processes.on_main(lambda: finished.geometry_of(output, prepared, images.public, images.test, place))
+        if geometry is not None:
+            return _handed_over(prepared, output, geometry)
+    processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
+    result = _made(prepared, why, images, (output, place))
+    return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a merge looks at: to restore, to measure, to search, to learn coefficients."""
+
+    public: ImageSet | None
+    test: ImageSet | None
+    labelled: ImageSet | None
+    learning: ImageSet | None
+
+
+def _open_images(prepared: Prepared) -> Images:
+    public, test = calibration_images(prepared), evaluation_images(prepared)
+    return Images(public, test, search_images(prepared), learning_images(prepared))
+
+
+def _refuse_hopeless(plan: Plan, output: Path) -> None:
     refuse_existing(output)
-    chosen = restoring.decide(prepared.plan, public, place)
+    weights.refuse_too_large(plan, output, partial_path(output))
+
+
+@contextlib.contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """The staging folder, made and renamed by the main process, seen by all."""
+    with contextlib.ExitStack() as stack:
+        folder = processes.on_main(lambda: stack.enter_context(staged(output, keep_unfinished=ledger.worth_keeping)))
+        processes.on_main(lambda: ledger.tidy(folder))
+        yield folder
+        processes.on_main(lambda: ledger.forget(folder))
+        processes.on_main(stack.close)
+
+
+def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, torch.device]) -> MergeResult:
+    """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
+    output, place = where
+    chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
     gram, recipe = Gram(), prepared.recipe
-    with staged(output) as folder:
-        if len(prepared.order) > 1:
+    with _staged(output) as folder:
+        if len(prepared.order) > 1 and processes.is_main():
             import_ahead(*report.LIBRARIES)
-        study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
+        processes.on_main(
+            lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
+        )
+        # Only a merge in one go leaves weights that a next run would make again.
+        resume = recipe.merge.searched is None and images.learning is None
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
-            digest = _write_weights(writing, folder, place, seen)
-            return restoring.restore(plan, folder, public, chosen, digest)
+            digest = weights.write(writing, folder, place, seen, resume=resume)
+            return restoring.restore(plan, folder, images.public, chosen, digest)
 
         plan, adapted = prepared.plan, None
-        if learning is not None:
-            _write_weights(variants.scaled(plan, 1.0) if recipe.merge.searched else plan, folder, place, Gram())
-            plan, adapted = adapt(plan, learning, folder, device=place)
+        if images.learning is not None:
+            start = variants.scaled(plan, 1.0) if recipe.merge.searched else plan
+            weights.write(start, folder, place, Gram())
+            learning = images.learning
+            adapted = processes.on_main(lambda: adapt(plan, learning, folder, device=place))
+            plan = replace(plan, coefficients=adapted.learned.coefficients)
         choice = Choice(plan, plan)
-        if labelled is not None:
-            choice = Chooser(labelled, folder, make, place).choose(plan, gram)
+        if images.labelled is not None:
+            choice = Chooser(images.labelled, folder, make, place).choose(plan, gram)
         prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        choosing.clear(folder)
         restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
-        measured = _measure(choice.plan, folder, test, place)
-        calibration = public.fetched if public else None
-        shown = aliased(prepared)
-        rounds = _rounds(prepared, restoration)
-        lineage.write(folder, rounds)
-        fusion = Fusion(output.name, shown.plan, gram.geometry(), restoration, measured, shown.text, calibration)
-        sites = tuple(one.name for one in shown.plan.contributions)
-        fusion = replace(fusion, rounds=rounds)
-        fusion = replace(fusion, search=replace(choice.search, sites=sites) if choice.search else None)
-        if adapted is not None:
-            replace(adapted, sites=sites).write(folder)
-        _describe(fusion, folder)
-        if fusion.locked:
-            locked = lock.text(prepared, public or learning, test, labelled, folder=output)
-            (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
-        elif not prepared.recipe.lock:
-            log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, test))
-    target = _pushed(prepared, output) if pushing else None
-    return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, target, choice.search)
+        measured = _measure(choice.plan, folder, images.test, place)
+        done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured)
+        processes.on_main(lambda: _finish(done, images, folder, output))
+    return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What has been computed and is still to be told."""
+
+    prepared: Prepared
+    choice: Choice
+    adapted: Adaptation | None
+    geometry: Geometry
+    restoration: str
+    measured: Evaluation | None
+
+
+def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
+    """Write everything that will stand beside the weights in `output`, the lock included."""
+    choosing.clear(folder)
+    prepared, public, search = done.prepared, images.public, done.choice.search
+    calibration = public.fetched if public else None
+    shown = aliased(prepared)
+    rounds = _rounds(prepared, done.restoration)
+    lineage.write(folder, rounds)
+    fusion = Fusion(output.name, shown.plan, done.geometry, done.restoration, done.measured, shown.text, calibration)
+    fusion = replace(fusion, rounds=rounds)
+    sites = tuple(one.name for one in shown.plan.contributions)
+    fusion = replace(fusion, search=replace(search, sites=sites) if search else None)
+    if done.adapted is not None:
+        replace(done.adapted, sites=sites).write(folder)
+    _describe(fusion, folder)
+    if fusion.locked:
+        locked = lock.text(prepared, public or images.learning, images.test, images.labelled, folder=output)
+        (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
+    elif not prepared.recipe.lock:
+        log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, images.test))
 
 
 def _verify(plan: Plan) -> None:
     """Tell the plan's notes, and hold every vector against its manifest. Raises: InputError when one differs."""
     for note in plan.notes:
         log.info("note: %s", note)
-    for one in plan.contributions:
+    for one in plan.contributions[processes.index() :: processes.count()]:
         if isinstance(one.source, TaskVector):
             one.source.verify()
 
@@ -140,7 +206,8 @@ def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeR
     log.info("'%s' already holds this merge; only the push is missing", output)
     digest, measured = tensors.open_folder(output).digest, finished.evaluation_of(output)
     sentence = "The fused model was complete before; this run only pushed it."
-    return MergeResult(output, prepared.plan, digest, geometry, sentence, measured, _pushed(prepared, output))
+    target = processes.on_main(lambda: _pushed(prepared, output))
+    return MergeResult(output, prepared.plan, digest, geometry, sentence, measured, target)
 
 
 def _output(prepared: Prepared, output: Path | None) -> Path:
@@ -149,25 +216,6 @@ def _output(prepared: Prepared, output: Path | None) -> Path:
     if prepared.output is None:
         raise InputError(f"{prepared.path.name}: no 'output:' is given", hint="add output: ./fused, or use -o DIR")
     return prepared.output
-
-
-def _write_weights(plan: Plan, folder: Path, device: torch.device, gram: Gram) -> str:
-    """Write the fused tensors into the same files as the base has; returns the content digest."""
-    by_file: dict[str, list[tensors.Record]] = {}
-    for step in plan.steps:
-        by_file.setdefault(step.record.file.name, []).append(step.record)
-    hashes, survey = [], surveys.take(plan)
-    for note in survey.notes(plan):
-        log.info("note: %s", note)
-    for file, records in sorted(by_file.items()):
-        only = {record.name for record in records}
-        (folder / file).unlink(missing_ok=True)  # a search writes again what a network may still have mapped
-        stream = fuse.pieces(plan, only=only, device=device, gram=gram, survey=survey)
-        shown = progress(stream, text=f"merge {file}", unit="piece")
-        hashes += tensors.write_file(folder / file, records, shown)
-    if list(by_file) != [tensors.MODEL_FILE]:
-        _write_index(plan, folder, by_file)
-    return tensors.combined_digest(hashes)
 
 
 def _rounds(prepared: Prepared, restoration: str) -> tuple[Round, ...]:
@@ -187,12 +235,6 @@ def _rounds(prepared: Prepared, restoration: str) -> tuple[Round, ...]:
     )
 
 
-def _write_index(plan: Plan, folder: Path, by_file: dict[str, list[tensors.Record]]) -> None:
-    places = {record.name: file for file, records in by_file.items() for record in records}
-    index = {"metadata": {"total_size": plan.write_bytes}, "weight_map": dict(sorted(places.items()))}
-    (folder / tensors.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
 def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:
     """The metrics of the written model, loaded as its users will load it; without images it is only held to the plan.
 
@@ -200,9 +242,10 @@ def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: torch.de
     which its users load already, and no framework needs to be started to see that.
     """
     if images is None or plan.recipe.evaluate is None:
-        models.refuse_other_tensors(folder, {step.name: step.record for step in plan.steps}, plan.labels)
+        planned = {step.name: step.record for step in plan.steps}
+        processes.on_main(lambda: models.refuse_other_tensors(folder, planned, plan.labels))
         return None
-    network = models.load(folder, device=device)
+    network = processes.together(lambda: models.load(folder, device=device))
     return evaluation.evaluate_network(network, images, batch_size=plan.recipe.evaluate.batch_size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal
 
+from hf_datavec import processes
 from hf_datavec.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ def choose(device: Device) -> torch.device:
     os.environ.setdefault(*REPRODUCIBLE)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU on this machine", hint="use --device auto or cpu")
-    if device == "auto" and not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if device == "auto" and not torch.cuda.is_available() and processes.count() == 1:
         return torch.device("cpu")  # what Accelerate would say, without the second that its import takes
 
     from accelerate import PartialState
 
+    processes.join(cpu=device == "cpu")
     if device == "cpu":
         PartialState(cpu=True)  # remembered for the whole process, Trainer included
         return torch.device("cpu")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import hub, models, report
+from hf_datavec import hub, models, processes, report
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.combine import SLICE
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram, products
 from hf_datavec.hub import Fetched
-from hf_datavec.images import open_images
+from hf_datavec.images import ImageSet, open_images
 from hf_datavec.pipeline import device as devices
 from hf_datavec.progress import progress
 from hf_datavec.staging import refuse_existing
@@ -24,11 +24,17 @@ def evaluate(
     model: str, images: str, *, split: str | None = None, batch_size: int = 64, device: devices.Device = "auto"
 ) -> Evaluation:
     """Measure a model on labelled images. Raises: InputError, see `evaluate.predict`."""
+    place = devices.choose(device) if processes.count() > 1 else None  # where they meet
+    pictures, folder = processes.first_on_each_machine(lambda: _fetched(model, images, split))
+    network = processes.together(lambda: models.load(folder, device=place or devices.choose(device)))
+    return evaluation.evaluate_network(network, pictures, batch_size=batch_size)
+
+
+def _fetched(model: str, images: str, split: str | None) -> tuple[ImageSet, Path]:
     pictures = open_images(hub.parse(images), split=split)
     folder = hub.fetch(hub.parse(model)).folder
     pictures.label_rows(open_checkpoint(folder).labels)
-    network = models.load(folder, device=devices.choose(device))
-    return evaluation.evaluate_network(network, pictures, batch_size=batch_size)
+    return pictures, folder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import models, recalibrate, tensors
+from hf_datavec import models, processes, recalibrate, tensors
 from hf_datavec.errors import InputError
 from hf_datavec.images import ImageSet
 from hf_datavec.plan import FEW_IMAGES, Plan
@@ -32,6 +32,15 @@ class Restoration:
     caution: str = ""
     # What the sites' networks show on the public images, which every setting of a search needs and none changes.
     kept: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Statistics by layer, how many images they took, and the largest standard error of a layer's."""
+
+    statistics: Mapping[str, Gaussian]
+    images: int
+    error: float
 
 
 def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restoration:
@@ -128,8 +137,9 @@ def restore(plan: Plan, folder: Path, public: ImageSet | None, chosen: Restorati
         if not text:
             problem = f"'{plan.base.folder}' stores running statistics, but none of its layers is a BatchNorm"
             raise InputError(problem, hint="use recalibrate: {mode: none}")
-        restored = models.stored(network, _wanted_names(chosen.mode))
-    return " ".join(filter(None, (text, chosen.caution))), _write(plan, folder, restored)
+        restored = processes.on_main(lambda: models.stored(network, _wanted_names(chosen.mode)))
+    written = processes.on_main(lambda: _write(plan, folder, restored))
+    return " ".join(filter(None, (text, chosen.caution))), written
 
 
 def _wanted_names(mode: str) -> Callable[[str], bool]:
@@ -146,11 +156,11 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
         sites = chosen.sites
         mode = "relative" if chosen.domain.foreign and sites.shared else "statistics"
     found = measured(mode, network, pictures, chosen.sites, kept=chosen.kept)
-    recalibrate.assign(network, found)
-    named = f"{_counted(pictures.count, 'image')} of `{public.fetched.reference.identity}`"
-    layers = len(found)
+    recalibrate.assign(network, found.statistics)
+    layers = len(found.statistics)
     if not layers:
         return ""
+    named = _named(found, pictures, public)
     text = {
         "statistics": f"The statistics of {layers} BatchNorm layers were re-estimated on {named}.",
         "relative": f"The statistics of {layers} BatchNorm layers were carried over from "
@@ -158,7 +168,20 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
         "repair": f"The statistics of {layers} BatchNorm layers were set so that channels have the mean and spread "
         f"that they have in the sites' networks, with {_whose(chosen.sites)}, on {named}.",
     }[mode]
-    return f"{text} {_tuned(network, public, pictures, wanted)}" if chosen.mode == "tune" else text
+    if chosen.mode != "tune":
+        return text
+    # The steps depend on each other, so one process takes them; only its network is written.
+    return f"{text} {processes.on_main(lambda: _tuned(network, public, pictures, wanted))}"
+
+
+def _named(found: Found, pictures: Pictures, public: ImageSet) -> str:
+    """The images that were looked at, and why no more of them."""
+    of = f"`{public.fetched.reference.identity}`"
+    if found.images == pictures.count:
+        return f"{_counted(pictures.count, 'image')} of {of}"
+    converged = f"had converged (standard error {found.error:.3f} standard deviations)"
+    log.info("recalibrate: after %d of %d images the statistics %s", found.images, pictures.count, converged)
+    return f"{_counted(found.images, 'image')} of {of}, after which they {converged}"
 
 
 def _whose(sites: Sites) -> str:
@@ -167,15 +190,22 @@ def _whose(sites: Sites) -> str:
 
 def measured(
     mode: str, network: models.Network, pictures: Pictures, sites: Sites, *, kept: list[Any] | None = None
-) -> Mapping[str, Gaussian]:
+) -> Found:
     """The statistics by layer that a mode gives a network on pictures."""
-    if mode == "relative":
-        abroad = recalibrate.abroad(sites, pictures, kept=kept)
-        return recalibrate.relative(network, pictures, home=sites.home(), abroad=abroad)
     if mode == "repair":
-        return recalibrate.repair(network, pictures, goals=recalibrate.goals(sites, pictures, kept=kept))
-    found = recalibrate.observe(network, pictures)
-    return {name: Gaussian(moments.mean, moments.variance) for name, moments in found.items()}
+        pictures = replace(pictures, tolerance=0.0)  # all networks must have seen the same
+        goals = recalibrate.goals(sites, pictures, kept=kept)
+        return Found(recalibrate.repair(network, pictures, goals=goals), pictures.count, 0.0)
+    seen = recalibrate.observe(network, pictures)
+    images = next((one.images for one in seen.values()), 0)
+    error = max((one.error for one in seen.values()), default=0.0)
+    if mode == "relative":
+        # The sites' networks are shown what the fused one was shown, since it is their difference that counts.
+        shown = replace(recalibrate.looked_at(seen, pictures), tolerance=0.0)
+        # What is kept was seen on all pictures.
+        abroad = recalibrate.abroad(sites, shown, kept=kept if shown.count == pictures.count else None)
+        return Found(recalibrate.relative(seen, home=sites.home(), abroad=abroad), images, error)
+    return Found({name: Gaussian(one.mean, one.variance) for name, one in seen.items()}, images, error)
 
 
 def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted: Recalibrate) -> str:
@@ -235,7 +265,7 @@ def _pictures(
         for _ in range(images):
             next(with_bar, None)
 
-    return Pictures(count, load, wanted.batch_size, notify if network else None)
+    return Pictures(count, load, wanted.batch_size, notify if network else None, wanted.tolerance)
 
 
 def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> str:

@@ -16,7 +16,7 @@ from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import ImageSet, open_images
 from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment, StatisticsNoise
-from hf_datavec.models import largest_momentum, load
+from hf_datavec.models import largest_momentum, load, refuse_offloaded
 from hf_datavec.pipeline import device as devices
 from hf_datavec.progress import progress
 from hf_datavec.second_moments import Kind
@@ -72,6 +72,7 @@ def train(
     refuse_existing(output)
     pictures.label_rows(checkpoint.labels)
     network = load(checkpoint.folder, device=devices.choose(device))
+    refuse_offloaded(network, "training")
     if partial_path(output.absolute()).exists():
         log.info("going on with the unfinished training of '%s'", output)
     with staged(output, keep_unfinished=True) as folder:
@@ -156,6 +157,7 @@ def _second_moments(
     images = open_images(hub.parse(wanted.images), split=wanted.split)
     count = min(wanted.count, len(images))
     network = load(place, device=devices.choose(wanted.device))
+    refuse_offloaded(network, "measuring second moments")
     weights = curvature.parameters(network, {name: tuned.names[name] for name in names})
     found: dict[Kind, SecondMoment] = {}
     for kind in wanted.kinds:

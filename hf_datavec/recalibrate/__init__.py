@@ -9,8 +9,8 @@ from __future__ import annotations
 from hf_datavec.models import statistic_layers as layers_of
 from hf_datavec.recalibrate.change import median_change
 from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
-from hf_datavec.recalibrate.lockstep import Pictures, assign, observe, statistics
-from hf_datavec.recalibrate.pooling import Channels, Gaussian, Moments
+from hf_datavec.recalibrate.lockstep import Pictures, assign, looked_at, observe, statistics
+from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
 from hf_datavec.recalibrate.relative import abroad, carried_over, relative
 from hf_datavec.recalibrate.repair import goals, repair
 from hf_datavec.recalibrate.sites import Sites, as_tensors, moments, of_base, sharing
@@ -21,7 +21,7 @@ __all__ = [
     "Channels",
     "Domain",
     "Gaussian",
-    "Moments",
+    "Measured",
     "Pictures",
     "Sites",
     "abroad",
@@ -31,6 +31,7 @@ __all__ = [
     "compare",
     "goals",
     "layers_of",
+    "looked_at",
     "median_change",
     "moments",
     "observe",

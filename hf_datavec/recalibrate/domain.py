@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_datavec.models import Network
 from hf_datavec.recalibrate.lockstep import Pictures, observe
-from hf_datavec.recalibrate.pooling import Channels, Moments
+from hf_datavec.recalibrate.pooling import Channels, Measured
 from hf_datavec.recalibrate.sites import Sites, combined
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def _spread(all_of_them: Pictures, some: Pictures) -> Pictures:
     return replace(some, load=load)
 
 
-def _first(network: Network, pictures: Pictures) -> dict[str, Moments]:
-    found: dict[str, Moments] = {}
+def _first(network: Network, pictures: Pictures) -> dict[str, Measured]:
+    found: dict[str, Measured] = {}
 
-    def stop(name: str, moments: Moments) -> Channels:
+    def stop(name: str, moments: Measured) -> Channels:
         found[name] = moments
         raise _SeenError
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec import processes
 from hf_datavec.errors import RunError
 from hf_datavec.models import Network, statistic_layers
-from hf_datavec.recalibrate.pooling import Channels, Moments, across_processes, measure, pooled
+from hf_datavec.recalibrate.pooling import Channels, Images, Measured, across_processes, all_of, measure, summed
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # the number is bounded; it is fixed, not an option, so that results do not depend on the machine.
 JOINT = 512
 
-Settle = Callable[[str, Moments], Channels]
+Settle = Callable[[str, Measured], Channels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,47 +29,63 @@ class Pictures:
     """How many images there are, how they are had by index, and how many at a time.
 
     `load` gives preprocessed images, shape (n, channels, height, width); `notify` is told each time some are done.
+    Beyond `JOINT` images, those that are left are not looked at once the standard error of every layer's statistics
+    is at most `tolerance`.
     """
 
     count: int
     load: Callable[[Sequence[int]], torch.Tensor]
     batch_size: int = 64
     notify: Callable[[int], None] | None = None
+    tolerance: float = 0.0
 
 
-def observe(network: Network, pictures: Pictures, *, settle: Settle | None = None) -> dict[str, Moments]:
-    """The exact moments of every BatchNorm layer's input over all pictures, by the layer's name in the file.
+def observe(network: Network, pictures: Pictures, *, settle: Settle | None = None) -> dict[str, Measured]:
+    """The moments of every BatchNorm layer's input over all pictures, by the layer's name in the file.
 
     Every layer is normalised by the moments of all images together (of `JOINT` at a time), as one huge batch in
     train mode would do, so the result depends neither on the batch size nor on the number of processes. `settle`
     may choose other statistics to go on with, once it is told a layer's moments. The layers keep what they were
     last given; nothing else changes.
     """
-    from accelerate import PartialState
-
     layers = statistic_layers(network)
     if not layers:
         return {}
     groups = -(-pictures.count // JOINT)
-    found: dict[str, list[Moments]] = {}
-    state = PartialState()
+    found: dict[str, list[Measured]] = {}
     with _only_measuring(network.module):
         for group in range(groups):
-            first, end = pictures.count * group // groups, pictures.count * (group + 1) // groups
-            mine = _share(range(first, end), state.process_index, state.num_processes)
+            # Every groups-th picture, so that the first group already is a sample of all classes.
+            images, size = range(group, pictures.count, groups), pictures.batch_size
+            # Whole batches are shared out, so that they are the same in any number of processes.
+            chunks = processes.share([images[start : start + size] for start in range(0, len(images), size)])
             # A process without images still takes part in every exchange; its one guest image counts nothing.
-            size = pictures.batch_size
-            chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
             lockstep = _Lockstep(network, layers, settle or _as_measured, counted=bool(chunks))
-            lockstep.run([partial(pictures.load, chunk) for chunk in chunks or [range(first, first + 1)]])
-            for layer, moments in lockstep.measured.items():
-                found.setdefault(layer, []).extend(moments)
+            lockstep.run([partial(pictures.load, chunk) for chunk in chunks or [images[:1]]])
+            for layer, measured in lockstep.measured.items():
+                found.setdefault(layer, []).extend(measured)
             if pictures.notify is not None:
-                pictures.notify(end - first)
-    return {name: pooled(parts) for name, parts in found.items()}
+                pictures.notify(len(images))
+            if max(all_of(parts).error for parts in found.values()) <= pictures.tolerance:
+                break
+    return {name: all_of(parts) for name, parts in found.items()}
 
 
-def statistics(network: Network, pictures: Pictures) -> dict[str, Moments]:
+def looked_at(found: Mapping[str, Measured], pictures: Pictures) -> Pictures:
+    """Just the pictures that were looked at, in the same groups, for a network that must be shown the same ones."""
+    groups, used, seen = -(-pictures.count // JOINT), 0, 0
+    images = next((one.images for one in found.values()), pictures.count)
+    while seen < images:
+        seen += len(range(used, pictures.count, groups))
+        used += 1
+
+    def load(indices: Sequence[int]) -> torch.Tensor:
+        return pictures.load([index % used + index // used * groups for index in indices])
+
+    return replace(pictures, count=images, load=load, tolerance=0.0) if used < groups else pictures
+
+
+def statistics(network: Network, pictures: Pictures) -> dict[str, Measured]:
     """Set all running statistics to the exact moments of the pictures, and return them; nothing else changes."""
     found = observe(network, pictures)
     assign(network, found)
@@ -87,13 +104,8 @@ def _assign(layer: Any, channels: Channels) -> None:
     layer.running_var.copy_(channels.variance)
 
 
-def _as_measured(_: str, moments: Moments) -> Channels:
-    return moments
-
-
-def _share(indices: range, process: int, processes: int) -> range:
-    """The contiguous part of the indices that a process looks at; each index belongs to exactly one."""
-    return indices[len(indices) * process // processes : len(indices) * (process + 1) // processes]
+def _as_measured(_: str, measured: Measured) -> Channels:
+    return measured
 
 
 @contextlib.contextmanager
@@ -125,13 +137,13 @@ class _Lockstep:
     layers: Mapping[str, Any]
     settle: Settle
     counted: bool = True
-    measured: dict[str, list[Moments]] = field(default_factory=dict)
+    measured: dict[str, list[Measured]] = field(default_factory=dict)
 
     def run(self, batches: list[Callable[[], torch.Tensor]]) -> None:
         self._turn, self._size = 0, len(batches)
         self._changed = threading.Condition()
         self._local = threading.local()
-        self._arrived: list[tuple[str, Moments]] = []
+        self._arrived: list[tuple[str, Images]] = []
         self._failure: BaseException | None = None
         hooks = [layer.register_forward_pre_hook(partial(self._stop, name=name)) for name, layer in self.layers.items()]
         threads = [
@@ -169,10 +181,7 @@ class _Lockstep:
 
     def _stop(self, layer: Any, inputs: tuple[Any, ...], *, name: str) -> None:
         index = self._local.index
-        moments = measure(inputs[0])
-        if not self.counted:
-            moments = Moments(0.0, moments.mean * 0, moments.deviation * 0)
-        self._arrived.append((name, moments))
+        self._arrived.append((name, measure(inputs[0])))
         if index == self._size - 1:
             self._pool(name, layer)
         self._pass_turn(index)
@@ -181,10 +190,11 @@ class _Lockstep:
     def _pool(self, name: str, layer: Any) -> None:
         if len(self._arrived) != self._size or any(found != name for found, _ in self._arrived):
             raise RunError("the network takes another way for some images, so its layers have no common statistics")
-        moments = across_processes(pooled([moments for _, moments in self._arrived]))
+        mine = [images for _, images in self._arrived] if self.counted else []
+        measured = summed(across_processes(mine))
         self._arrived.clear()
-        self.measured.setdefault(name, []).append(moments)
-        _assign(layer, self.settle(name, moments))
+        self.measured.setdefault(name, []).append(measured)
+        _assign(layer, self.settle(name, measured))
 
     def _await_turn(self, index: int) -> None:
         with self._changed:

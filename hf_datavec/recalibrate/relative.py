@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_datavec.models import Network
 from hf_datavec.recalibrate.lockstep import Pictures, observe
 from hf_datavec.recalibrate.pooling import Channels, Gaussian
 from hf_datavec.recalibrate.sites import Sites, combined
@@ -24,13 +23,13 @@ def abroad(sites: Sites, pictures: Pictures, *, kept: list[Any] | None = None) -
 
 
 def relative(
-    network: Network, pictures: Pictures, *, home: Mapping[str, Channels], abroad: Mapping[str, Channels]
+    found: Mapping[str, Channels], *, home: Mapping[str, Channels], abroad: Mapping[str, Channels]
 ) -> dict[str, Gaussian]:
     """The statistics that the fused network would have on the sites' images, by layer.
 
-    `home` are the sites' networks' statistics on their own images, `abroad` those on the public pictures.
+    `found` are its statistics on public pictures, `abroad` those of the sites' networks on the same ones, `home` those
+    on the sites' own images.
     """
-    found = observe(network, pictures)
     return {name: carried_over(found[name], home[name], abroad[name]) for name in found}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec.models import Network, statistic_layers
 from hf_datavec.recalibrate.lockstep import Pictures, observe
-from hf_datavec.recalibrate.pooling import Channels, Gaussian, Moments
+from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
 from hf_datavec.recalibrate.sites import Sites
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def goals(sites: Sites, pictures: Pictures, *, kept: list[Any] | None = None) ->
 def _outputs(network: Network, own: Mapping[str, Gaussian], pictures: Pictures) -> dict[str, Gaussian]:
     layers = statistic_layers(network)
 
-    def settle(name: str, _: Moments) -> Gaussian:
+    def settle(name: str, _: Measured) -> Gaussian:
         return own[name]
 
     seen = observe(network, pictures, settle=settle)
@@ -57,7 +57,10 @@ def _affine(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     if layer.weight is None:
         return torch.ones_like(layer.running_mean).double(), torch.zeros_like(layer.running_mean).double()
-    return layer.weight.detach().double(), layer.bias.detach().double()
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):  # weights of a network larger than its device come from where they are kept
+        return layer.weight.detach().double(), layer.bias.detach().double()
 
 
 def repair(network: Network, pictures: Pictures, *, goals: Mapping[str, Gaussian]) -> dict[str, Gaussian]:
@@ -68,7 +71,7 @@ def repair(network: Network, pictures: Pictures, *, goals: Mapping[str, Gaussian
     """
     layers = statistic_layers(network)
 
-    def settle(name: str, seen: Moments) -> Gaussian:
+    def settle(name: str, seen: Measured) -> Gaussian:
         return _reaching(layers[name], seen, goals[name])
 
     return {name: settle(name, seen) for name, seen in observe(network, pictures, settle=settle).items()}

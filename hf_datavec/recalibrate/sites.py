@@ -103,7 +103,9 @@ class Sites:
     def networks(self) -> Iterator[tuple[models.Network, dict[str, Gaussian]]]:
         """Each site's network in turn, with the statistics that belong to it."""
         for one in self.members:
-            yield network(self.base, one, device=self.device), of_site(self.base, one)
+            # Of a network larger than its device, weights are read from the folder as long as it is used.
+            with tempfile.TemporaryDirectory() as place:
+                yield network(self.base, one, Path(place), device=self.device), of_site(self.base, one)
 
     def shown(self, look: Callable[[models.Network, Mapping[str, Gaussian]], T], kept: list[T] | None) -> list[T]:
         """What `look` finds at each site's network; what is `kept` is not looked for again."""
@@ -119,17 +121,17 @@ def sharing(base: Checkpoint, sites: Sequence[Contribution], *, device: torch.de
     return Sites(base, members or tuple(sites), bool(members), device)
 
 
-def network(base: Checkpoint, site: Contribution, *, device: torch.device | str = "cpu") -> models.Network:
-    """A site's network: the base plus its vector, with the statistics it shares or else the base's."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        layout = [
-            Record(name, record.dtype, base.shape_with(name, site.labels), folder, 0)
-            for name, record in base.records.items()
-        ]
-        write_file(folder / MODEL_FILE, layout, _tensors(base, site, layout))
-        study_base.copy_description(base, folder, site.labels)
-        return models.load(folder, device=device)
+def network(
+    base: Checkpoint, site: Contribution, folder: Path, *, device: torch.device | str = "cpu"
+) -> models.Network:
+    """A site's network, written to a folder: the base plus its vector, with the statistics it shares or the base's."""
+    layout = [
+        Record(name, record.dtype, base.shape_with(name, site.labels), folder, 0)
+        for name, record in base.records.items()
+    ]
+    write_file(folder / MODEL_FILE, layout, _tensors(base, site, layout))
+    study_base.copy_description(base, folder, site.labels)
+    return models.load(folder, device=device)
 
 
 def _tensors(base: Checkpoint, site: Contribution, layout: list[Record]) -> Iterator[tuple[str, torch.Tensor]]:

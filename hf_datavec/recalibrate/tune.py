@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from hf_datavec.errors import InputError
-from hf_datavec.models import Network, normalization_layers
+from hf_datavec.models import Network, normalization_layers, refuse_offloaded
 from hf_datavec.recalibrate.lockstep import Pictures
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def tune(
 
     Raises: InputError when the loss is not finite, or there is nothing to train.
     """
+    refuse_offloaded(network, "tuning")
     trained = _trained(network, parameters)
     network.module.eval()
     everything = range(pictures.count)

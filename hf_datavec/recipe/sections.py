@@ -162,13 +162,18 @@ class Tune(Section):
 
 
 class Recalibrate(Section):
-    """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone."""
+    """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone.
+
+    `count` is how many are looked at, at most: beyond 512, not more than it takes for the standard error of every
+    layer's statistics to be at most `tolerance` standard deviations.
+    """
 
     mode: Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"] = "statistics"
     images: Text | None = None
     split: Text | None = None
     count: Annotated[int, Field(ge=1)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 64
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05
     tune: Tune | None = None
 
     @property

@@ -77,7 +77,8 @@ class Restorer:
         if mode == "moments":
             return self.home
         if mode == "relative":
-            return recalibrate.relative(network, self._pictures, home=self.home, abroad=self._abroad)
+            seen = recalibrate.observe(network, self._pictures)
+            return recalibrate.relative(seen, home=self.home, abroad=self._abroad)
         if mode == "repair":
             return recalibrate.repair(network, self._pictures, goals=self._goals)
         return recalibrate.observe(network, self._pictures)

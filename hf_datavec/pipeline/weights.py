@@ -1,0 +1,156 @@
+"""Fused weights on disk: laid out once, written in parts by as many processes as there are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_datavec import fuse, processes, tensors
+from hf_datavec import survey as surveys
+from hf_datavec.errors import RunError
+from hf_datavec.geometry import Gram
+from hf_datavec.pipeline.ledger import Finished, Ledger, Part, key_of, parts_of, verified
+from hf_datavec.plan import Plan
+from hf_datavec.progress import byte_progress
+from hf_datavec.survey import Survey
+from hf_datavec.tables import size
+from hf_datavec.tensors import Record
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+# Cards, plots and configurations; more than any of them takes.
+BESIDE = 16_000_000
+
+
+def write(plan: Plan, folder: Path, device: torch.device, gram: Gram, *, resume: bool = False) -> str:
+    """Write the fused tensors into the same files as the base has; returns the content digest.
+
+    Every process must call it. `gram` counts the vectors. With `resume`, parts that an interrupted run of the same
+    merge has finished are verified and kept.
+    """
+    by_file: dict[Path, list[Record]] = {}
+    for step in plan.steps:
+        by_file.setdefault(folder / step.record.file.name, []).append(step.record)
+    ledger = Ledger(folder, key_of(plan, device.type)) if resume else None
+    written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger)
+    if [path.name for path in by_file] != [tensors.MODEL_FILE]:
+        processes.on_main(lambda: _write_index(plan, folder, by_file))
+    return tensors.combined_digest(written)
+
+
+def write_files(
+    plan: Plan,
+    files: Mapping[Path, Sequence[Record]],
+    device: torch.device,
+    gram: Gram,
+    *,
+    ledger: Ledger | None = None,
+) -> list[tuple[Record, str]]:
+    """Write what a plan makes into files; returns each record with the hash of its bytes, the same in every process.
+
+    Files and parts are laid out before it is decided who writes what, and what is summed is summed part by part, so
+    that no byte depends on the number of processes.
+    """
+    parts = parts_of({path: tensors.places(path, records) for path, records in files.items()})
+    found = _verified(parts, processes.on_main(ledger.claimed)) if ledger else {}
+    processes.on_main(lambda: _lay_out(files, ledger, keep=bool(found)))
+    if found:
+        log.info("going on with an interrupted merge: %d of %d parts are finished", len(found), len(parts))
+    survey = processes.together(lambda: surveys.take(plan))
+    for note in survey.notes(plan):
+        log.info("note: %s", note)
+    mine = processes.share([part for part in parts if part.number not in found])
+    done = processes.together(lambda: dict(_written(mine, ledger, _fusing(plan, device, survey))))
+    found |= dict(processes.gathered(list(done.items())))
+    for part in parts:
+        gram.count(found[part.number].products)
+    return [pair for part in parts for pair in zip(part.records, found[part.number].hashes, strict=True)]
+
+
+# From the names of tensors of one file, in its order, to the stream of their pieces; vectors are shown to the Gram.
+Fusing = Callable[[set[str], Gram], Iterator[tuple[str, "torch.Tensor"]]]
+
+
+def _fusing(plan: Plan, device: torch.device, survey: Survey) -> Fusing:
+    def stream(names: set[str], gram: Gram) -> Iterator[tuple[str, torch.Tensor]]:
+        return fuse.pieces(plan, only=names, device=device, gram=gram, survey=survey)
+
+    return stream
+
+
+def _lay_out(files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, *, keep: bool) -> None:
+    for path, records in files.items():
+        if not keep:
+            path.unlink(missing_ok=True)  # a search writes again what a network may still have mapped
+        tensors.lay_out(path, records, keep=keep)
+    if ledger is not None and not keep:
+        ledger.begin()  # what another merge entered must not pass for this one's
+
+
+def _verified(parts: Sequence[Part], claimed: Mapping[int, Finished]) -> dict[int, Finished]:
+    """Those of the claimed parts whose bytes are in their files."""
+    some = [part for part in parts if part.number in claimed]
+    good = processes.together(
+        lambda: [part.number for part in processes.share(some) if verified(part, claimed[part.number])]
+    )
+    return {number: claimed[number] for number in processes.gathered(good)}
+
+
+def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Iterator[tuple[int, Finished]]:
+    with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell:
+        for _, group in groupby(mine, key=lambda part: part.file):
+            parts, seen = list(group), Gram()
+            names = {record.name for part in parts for record in part.records}
+            # One stream for all parts of a file: threads work ahead, also beyond the end of a part.
+            stream = _telling(fusing(names, seen), tell)
+            for part in parts:
+                pairs = tensors.write_into(part.file, part.records, stream)
+                finished = Finished(tuple(one for _, one in pairs), seen.taken())
+                if ledger is not None:
+                    ledger.enter(part, finished)
+                yield part.number, finished
+
+
+def _telling(
+    stream: Iterator[tuple[str, torch.Tensor]], tell: Callable[[int], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in stream:
+        yield name, tensor
+        tell(tensor.nbytes)
+
+
+def _write_index(plan: Plan, folder: Path, by_file: Mapping[Path, list[Record]]) -> None:
+    places = {record.name: path.name for path, records in by_file.items() for record in records}
+    index = {"metadata": {"total_size": plan.write_bytes}, "weight_map": dict(sorted(places.items()))}
+    (folder / tensors.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def refuse_too_large(plan: Plan, output: Path, there: Path) -> None:
+    """Raise RunError when the disk of `output` has no room for the merge; what lies in `there` is used again."""
+    needed = plan.write_bytes + BESIDE
+    if plan.recipe.merge.searched:
+        # A search keeps the combination in float64 beside the weights, and replaces these while they are mapped.
+        needed += plan.write_bytes + sum(8 * _values(step.record) for step in plan.steps if step.is_merged)
+    held = sum(path.stat().st_blocks * 512 for path in there.glob("*.safetensors")) if there.is_dir() else 0
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed - held > free:
+        problem = f"the merge needs {size(needed - held)} on the disk of '{output}', but {size(free)} are free"
+        raise RunError(problem, hint="make room, or write elsewhere with -o; nothing was written")
+
+
+def _values(record: Record) -> int:
+    values = 1
+    for length in record.shape:
+        values *= length
+    return values

@@ -1,0 +1,49 @@
+"""Several real processes of one run, started as any launcher starts them: by telling each its place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hf_datavec
+
+PATIENCE = 200
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process that must find this package and use one thread, as torchrun has it: convolutions
+    round by the number of threads."""
+    package = str(Path(hf_datavec.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **more}
+
+
+def start_all(processes: int, arguments: Sequence[object], folder: Path) -> list[subprocess.Popen[str]]:
+    """`hf-datavec` with some arguments as several processes on this machine."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    command = [sys.executable, "-m", "hf_datavec", *map(str, arguments)]
+    started = []
+    for place in range(processes):
+        told = {"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(processes)}
+        own = environment(**told, LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        started.append(
+            subprocess.Popen(
+                command, cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )  # fmt: skip
+    return started
+
+
+def ended(started: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each process; none is left behind."""
+    try:
+        told = [process.communicate(timeout=PATIENCE) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, out, err) for process, (out, err) in zip(started, told, strict=True)]
