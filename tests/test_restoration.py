@@ -381,6 +381,24 @@ def test_a_site_whose_variance_is_below_zero_is_named(clinic, run):
     assert not any(path.name.startswith((".fused", "fused")) for path in clinic.iterdir())
 
 
+@pytest.mark.parametrize(("what", "value"), [("running_var", 1e30), ("running_mean", -1e6)])
+def test_a_site_whose_statistics_no_images_explain_is_named(what, value, clinic, run):
+    tensors = load_file(clinic / "tuned-1/model.safetensors")
+    tensors[next(name for name in sorted(tensors) if name.endswith(what))][0] = value
+    make_vector(
+        clinic / "base", save_with(clinic / "base", clinic / "bad", tensors), clinic / "v", with_statistics=True
+    )
+    for vectors, warned in ((["./with-1", "./v", "./with-2"], True), (["./with-1", "./with-2", "./with-1"], False)):
+        named = [{"vector": path, "name": f"{number}-{path[2:]}"} for number, path in enumerate(vectors)]
+        recipe = write_recipe(
+            clinic / "r.yaml", base="./base", output=f"./fused-{warned}", vectors=named,
+            recalibrate={"mode": "moments"},
+        )  # fmt: skip
+        outcome = run("merge", recipe)
+        assert outcome.code == 0, outcome.err
+        assert ("The statistics that '1-v' shares are so far from the other sites'" in outcome.err) == warned
+
+
 def test_sites_that_share_stand_for_those_that_do_not(clinic, run):
     recipe = write_recipe(
         clinic / "r.yaml", base="./base", output="./fused", vectors=["./with-1", "./without-2"],

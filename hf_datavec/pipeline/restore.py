@@ -109,6 +109,12 @@ def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str
         )
     if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions:
         found.append(f"Only {len(sites.members)} of {contributions} sites share statistics and stand for all")
+    for name in recalibrate.outlying(sites):
+        found.append(
+            f"The statistics that '{name}' shares are so far from the other sites' that images hardly explain it, and "
+            "they are part of what is restored to and of what public images are held against: ask the site, or leave "
+            "it out"
+        )
     if mode == "moments":
         found.append(
             "The sites' statistics belong to the sites' weights, not to the fused ones: the model can be worse than an "

@@ -10,6 +10,7 @@ from hf_datavec.models import statistic_layers as layers_of
 from hf_datavec.recalibrate.change import median_change
 from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
 from hf_datavec.recalibrate.lockstep import Pictures, assign, looked_at, observe, statistics
+from hf_datavec.recalibrate.outlying import outlying
 from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
 from hf_datavec.recalibrate.relative import abroad, carried_over, relative
 from hf_datavec.recalibrate.repair import goals, repair
@@ -36,6 +37,7 @@ __all__ = [
     "moments",
     "observe",
     "of_base",
+    "outlying",
     "relative",
     "repair",
     "sharing",
