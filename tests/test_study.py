@@ -185,6 +185,23 @@ def test_sites_of_a_column_refuse_a_patient_who_is_at_two_of_them(clinic):
         partition.divide(wanted, pictures.open_table(wanted.data, clinic), 0)
 
 
+def test_sites_of_a_column_get_names_that_are_safe_folders():
+    values = ["../up", "test", "Graz", ".hidden"]
+    wanted = Study.model_validate(
+        {"data": {"images": "x"}, "base": "y", "sites": {"make": "column", "column": "centre"}}
+    )
+
+    class WithCentres(pictures.Table):
+        def column(self, name: str) -> tuple[str, ...]:
+            return tuple(values[index % len(values)] for index in range(200))
+
+    table = WithCentres(None, ("a",) * 200, tuple(map(str, range(200))))  # type: ignore[arg-type]
+    assert partition.divide(wanted, table, 0).sites == ("_.._up", "_.hidden", "Graz", "site-test")
+    values[3] = "..:up"
+    with pytest.raises(InputError, match="would have one folder"):
+        partition.divide(wanted, table, 0)
+
+
 def test_a_scanner_shows_the_same_picture_alike_in_every_part():
     table = pictures.open_table(study.sections.Data(images="demo", count=40), Path())
     one = pictures.part(table.images, [3, 7], ["faint", "inverted"])

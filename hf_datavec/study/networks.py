@@ -18,7 +18,7 @@ from hf_datavec.pipeline import lock, site
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO
-from hf_datavec.study.partition import PUBLIC, TEST, Division
+from hf_datavec.study.partition import POOLED, PUBLIC, TEST, Division, slug
 from hf_datavec.study.pictures import Part, Table, part
 from hf_datavec.study.sections import Combining, Study
 from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
@@ -78,7 +78,7 @@ class Seed:
                 foreign = self.place.elsewhere
                 self.parts[name] = part(foreign, range(len(foreign)))
             else:
-                places = [place for one in (self.sites if name == "pooled" else (name,)) for place in self._at(one)]
+                places = [place for one in (self.sites if name == POOLED else (name,)) for place in self._at(one)]
                 scanners = [self.division.scanners.get(place) for place in places]
                 self.parts[name] = part(self.place.table.images, places, scanners)
         return self.parts[name]
@@ -122,7 +122,7 @@ class Seed:
     def plan(
         self, vectors: Sequence[Path], merge: Combining, *, base: Path | None = None, weights: Sequence[float] = ()
     ) -> Plan:
-        """The plan of a merge of kept vectors, whose recipe is kept as well."""
+        """The plan of a merge of kept vectors; the recipe of one over all sites on the study base is kept as well."""
         entries: list[Any] = [f"../vectors/{path.relative_to(self.folder / 'vectors')}" for path in vectors]
         if weights:
             entries = [{"vector": text, "weight": float(one)} for text, one in zip(entries, weights, strict=True)]
@@ -136,7 +136,9 @@ class Seed:
                 "seed": self.number,
             },
         }
-        file = self.folder / "recipes" / f"{slug(merge.name)}.yaml"
+        whole = not weights and base is None and len(vectors) == len(self.sites)
+        # Others (a single site, a later round) would take the name of the merge that users look for.
+        file = self.folder / "recipes" / (f"{slug(merge.name)}.yaml" if whole else ".part.yaml")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(lock.dump(recipe), "utf-8")
         return automatic.resolve(prepare(file).plan)[0]
@@ -169,11 +171,6 @@ class Seed:
 def has_statistics(base: Path) -> bool:
     """Whether a model folder's network keeps BatchNorm statistics."""
     return open_checkpoint(base).has_statistics
-
-
-def slug(text: str) -> str:
-    """A name as a file name."""
-    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 
 def _relative(base: Path, folder: Path) -> str:

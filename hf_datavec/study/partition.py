@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from hf_datavec.study.pictures import Table
 
-TEST, PUBLIC = "test", "public"
+TEST, PUBLIC, POOLED = "test", "public", "pooled"
+# Names of parts and of networks that are no site's.
+RESERVED = (TEST, PUBLIC, POOLED, f"{POOLED}-epochs", f"{POOLED}-steps")
 # A site needs a few images to train on; a skew that leaves one with fewer is drawn again, at most so often.
 FEWEST, DRAWS = 8, 100
 
@@ -94,15 +96,29 @@ def _sites(
         column = str(sites.column)
         values = dict(enumerate(table.column(column)))
         inside = _one_value({place: values[place] for some in members.values() for place in some}, table, column)
-        return {
-            f"{name}": [group for group in groups if inside[group] == name] for name in sorted(set(inside.values()))
-        }
+        present = sorted(set(inside.values()))
+        return {_site_name(value, present): [group for group in groups if inside[group] == value] for value in present}
     names = [f"site-{number + 1}" for number in range(sites.count)]
     if sites.make == "dirichlet":
         return _skewed(sites, table, members, random)
     shares = sites.shares or (1.0,) * sites.count
     ends = [round(len(groups) * sum(shares[: index + 1]) / sum(shares)) for index in range(sites.count)]
     return {name: groups[start:end] for name, start, end in zip(names, [0, *ends], ends, strict=False)}
+
+
+def slug(text: str) -> str:
+    """A name as a file name, whatever a table calls its sites: no separators, no dots in front."""
+    safe = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
+    return f"_{safe}" if safe.startswith(".") else safe
+
+
+def _site_name(value: str, values: Sequence[str]) -> str:
+    """The name of the site of a column's value, which is no other's and no part's."""
+    name = slug(value)
+    alike = [other for other in values if slug(other) == name]
+    if len(alike) > 1:
+        raise InputError(f"the sites {listed(alike)} would have one folder", hint="rename one of them in the table")
+    return f"site-{name}" if name in RESERVED else name
 
 
 def _skewed(

@@ -12,7 +12,8 @@ from pathlib import Path
 from hf_datavec import recalibrate
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.models import Network
-from hf_datavec.study.networks import Seed, slug
+from hf_datavec.study.networks import Seed
+from hf_datavec.study.partition import slug
 from hf_datavec.study.restoring import Restorer
 from hf_datavec.study.sections import Combining
 

@@ -13,6 +13,7 @@ from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.finetune import cross_entropy
 from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
+from hf_datavec.study.partition import POOLED
 from hf_datavec.study.restoring import Restorer
 from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, heads_alone, relay, with_heads
 from hf_datavec.study.sections import Combining, Heads
@@ -27,7 +28,6 @@ Kind = Literal["site", "probe", "fused", "ensemble", "pooled", "federated", "rel
 # A single site's own statistics are right for it already, so only these modes change anything.
 FOR_ONE = ("statistics", "tune")
 PROBE_STEPS = 400
-POOLED = "pooled"
 
 
 @dataclass(frozen=True, slots=True)
