@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
     page = (results / "report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in names)
     assert page.count("src='data:image/png;base64,") == 8
-    assert "http" not in page
+    assert "http" not in re.sub(r"base64,[^']*", "", page)
     curves = json.loads((results / "curves.json").read_text())
     assert [curve["name"] for curve in curves["scales"]] == ["none", "statistics", "relative"]
     assert np.median(curves["drift"]["statistics"]) < np.median(curves["drift"]["none"])
