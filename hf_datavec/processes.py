@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -61,7 +62,8 @@ def leave() -> None:
         from accelerate import PartialState
 
         if PartialState._shared_state:
-            PartialState().destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # of a peer that is gone already
+                PartialState().destroy_process_group()
 
 
 def together(work: Callable[[], Result]) -> Result:
