@@ -525,12 +525,12 @@ def test_a_negative_weight_is_no_share_of_the_sites_data(clinic, run):
 
 def test_the_rule_of_auto_is_the_one_in_the_documentation():
     same, other, unknown = Domain(0.01), Domain(0.5), Domain(None)
-    assert restore.automatic(True, True, same, images=True) == "statistics"
-    assert restore.automatic(True, True, other, images=True) == "relative"
-    assert restore.automatic(False, False, unknown, images=True) == "statistics"
-    assert restore.automatic(True, True, unknown, images=False) == "moments"
-    assert restore.automatic(True, False, unknown, images=False) == "none"
-    assert restore.automatic(False, False, unknown, images=False) == "none"
+    assert recalibrate.automatic(True, True, same, images=True) == "statistics"
+    assert recalibrate.automatic(True, True, other, images=True) == "relative"
+    assert recalibrate.automatic(False, False, unknown, images=True) == "statistics"
+    assert recalibrate.automatic(True, True, unknown, images=False) == "moments"
+    assert recalibrate.automatic(True, False, unknown, images=False) == "none"
+    assert recalibrate.automatic(False, False, unknown, images=False) == "none"
 
 
 def test_the_lock_keeps_how_tuning_was_set(clinic, run):

@@ -56,9 +56,11 @@ def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restora
             blind = _labelled(public, wanted, plan.labels) is None
     everyone = len(sites.members) == len(plan.contributions)
     mode = (
-        automatic(sites.shared, everyone, domain, images=public is not None) if wanted.mode == "auto" else wanted.mode
+        recalibrate.automatic(sites.shared, everyone, domain, images=public is not None)
+        if wanted.mode == "auto"
+        else wanted.mode
     )
-    found = [cautions(mode, sites, len(plan.contributions), domain)]
+    found = [recalibrate.cautions(mode, sites, len(plan.contributions), domain)]
     if public is not None and (count := min(wanted.count, len(public))) < FEW_IMAGES:
         found.append(f"Statistics of {_counted(count, 'image')} are mostly chance; some hundreds are usual.")
     if blind:
@@ -66,63 +68,13 @@ def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restora
     elif mode == "tune":
         found.append("Tuning learns the public images' mix of classes: where the clinics' differs, it can do harm.")
     caution = " ".join(filter(None, found))
-    if domain.divergence is not None and _kind(domain) not in caution:
-        log.info("recalibrate: the public images are %s", _kind(domain))
+    if domain.divergence is not None and recalibrate.kind(domain) not in caution:
+        log.info("recalibrate: the public images are %s", recalibrate.kind(domain))
     if wanted.mode == "auto":
         log.info("recalibrate: auto chooses '%s'", mode)
     if caution:
         log.warning("warning: %s", caution)
     return Restoration(mode, sites, domain, caution)
-
-
-def _kind(domain: Domain) -> str:
-    """What the guard found, in words."""
-    kind = "of another kind than the sites'" if domain.foreign else "of the sites' kind"
-    usual = f"at most {recalibrate.FOREIGN:g} is usual"
-    return f"{kind} (divergence {domain.divergence:.2g} at the first BatchNorm layer, {usual})"
-
-
-def automatic(shared: bool, everyone: bool, domain: Domain, *, images: bool) -> str:
-    """The mode that `auto` stands for; docs/restoration.md has the measurements behind the rule."""
-    if not images:
-        return "moments" if shared and everyone else "none"
-    return "relative" if domain.foreign else "statistics"
-
-
-def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str:
-    """What a user must know about a restoration that may make the model worse; empty when nothing is known to."""
-    found = []
-    if mode in ("statistics", "repair", "tune") and domain.foreign:
-        found.append(
-            f"The public images are {_kind(domain)}: restoring on them can make the model worse than not restoring; "
-            "mode: relative is made for such images"
-        )
-    if mode in ("statistics", "tune") and domain.divergence is None:
-        found.append(
-            "No site shares BatchNorm statistics, so nothing tells whether the public images look like the sites': "
-            "if they do not, the model can be worse than an unrestored one"
-        )
-    if mode in ("relative", "repair") and not sites.shared:
-        found.append(
-            "No site shares BatchNorm statistics, so the base's stand for the sites': the model can be worse than an "
-            "unrestored one"
-        )
-    if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions:
-        found.append(f"Only {len(sites.members)} of {contributions} sites share statistics and stand for all")
-    for name in recalibrate.outlying(sites):
-        found.append(
-            f"The statistics that '{name}' shares are so far from the other sites' that images hardly explain it, and "
-            "they are part of what is restored to and of what public images are held against: ask the site, or leave "
-            "it out"
-        )
-    if mode == "moments":
-        found.append(
-            "The sites' statistics belong to the sites' weights, not to the fused ones: the model can be worse than an "
-            "unrestored one; mode: relative on public images of any kind makes up for that"
-        )
-    if mode == "none":
-        found.append("There is nothing to restore from, so BatchNorm statistics stay the base's")
-    return ". ".join(found) + "." if found else ""
 
 
 def restore(plan: Plan, folder: Path, public: ImageSet | None, chosen: Restoration, digest: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hf_datavec.models import statistic_layers as layers_of
 from hf_datavec.recalibrate.change import median_change
 from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
+from hf_datavec.recalibrate.judgement import automatic, cautions, kind
 from hf_datavec.recalibrate.lockstep import Pictures, assign, looked_at, observe, statistics
 from hf_datavec.recalibrate.outlying import outlying
 from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
@@ -28,9 +29,12 @@ __all__ = [
     "abroad",
     "as_tensors",
     "assign",
+    "automatic",
     "carried_over",
+    "cautions",
     "compare",
     "goals",
+    "kind",
     "layers_of",
     "looked_at",
     "median_change",

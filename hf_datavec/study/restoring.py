@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from hf_datavec import models, recalibrate
-from hf_datavec.pipeline import restore
 from hf_datavec.recalibrate import Channels, Gaussian, Pictures, Sites
 from hf_datavec.recipe import Recalibrate
 from hf_datavec.study.pictures import Part
@@ -62,7 +61,7 @@ class Restorer:
     def automatic(self) -> str:
         """The mode that `auto` stands for."""
         domain = recalibrate.compare(self.sites, self._pictures)
-        return restore.automatic(self.sites.shared, everyone=True, domain=domain, images=True)
+        return recalibrate.automatic(self.sites.shared, everyone=True, domain=domain, images=True)
 
     def apply(self, network: models.Network, wanted: str) -> None:
         """Restore a network in place, by a mode of the recipe."""
