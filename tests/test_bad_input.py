@@ -170,7 +170,7 @@ def test_a_word_near_to_no_key_gets_the_list_of_all(refused, study):
         recipe.yaml:8:3: unknown key 'zzz'
           8 |   "zzz": 1
             |   ^^^^^
-          hint: known: aliases, base, dtype, evaluate, lock, merge, output, push, recalibrate, vectors
+          hint: known: aliases, base, dtype, evaluate, lock, merge, output, push, recalibrate, round, vectors
         """)
 
 

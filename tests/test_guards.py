@@ -140,4 +140,4 @@ def test_several_processes_are_refused_with_one_message(study):
     command = [sys.executable, "-m", "hf_datavec", "plan", "recipe.yaml"]
     done = subprocess.run(command, cwd=study, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: hf-datavec was started as 2 processes, but its commands run as one\n")
+    assert done.stderr.startswith("error: hf-datavec was started as 2 processes, but plan runs as one\n")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from hf_datavec import processes
+from hf_datavec.cli import signals
 from hf_datavec.errors import DatavecError, InputError
 
 # The commands that share their work out; the others read little, or train, where more processes change the result.
@@ -69,7 +68,7 @@ def _prepare() -> None:
     if not logger.handlers:
         logger.addHandler(_Stderr())
         logger.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _terminate)
+    signals.listen()
 
 
 class _Stderr(logging.Handler):
@@ -77,10 +76,3 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if processes.is_main():
             sys.stderr.write(self.format(record) + "\n")
-
-
-def _terminate(number: int, _: Any) -> None:
-    # As an exception, so that unfinished folders are taken away on the way out.
-    if processes.is_main():
-        sys.stderr.write("terminated; nothing half written was left in place\n")
-    raise SystemExit(128 + number)
