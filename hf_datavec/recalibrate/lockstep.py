@@ -156,7 +156,13 @@ class _Lockstep:
             for thread in threads:
                 thread.join()
         except BaseException as error:  # a signal in the calling thread: the passes must not go on without it
-            self._failure = error
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            # They end at their next layer. One that came back from torch while Python is taken down would abort it.
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
             raise
         finally:
             for hook in hooks:
