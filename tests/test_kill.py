@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from networks import write_recipe
@@ -28,6 +28,12 @@ class Timing:
 
     before: float
     writing: float
+
+    def corrected(self, ended: str, *, during_writing: bool) -> Timing:
+        """Shorter where a merge was further than it should have been: the machine was busier when it was timed."""
+        if during_writing:
+            return replace(self, writing=self.writing * (0.7 if ended == "after" else 1))
+        return replace(self, before=self.before * (1 if ended == "before" else 0.7))
 
 
 def start(study: Path, *, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
@@ -81,7 +87,9 @@ def test_a_merge_killed_at_any_moment_leaves_the_whole_result_or_none(study, run
     signals = [signal.SIGKILL] * KILLED + [signal.SIGTERM] * TERMINATED
     ended: list[str] = []
     for number, sent in enumerate(signals):
-        ended.append(interrupt(study, timing, sent, during_writing=number % 3 != 0, chance=chance))
+        during_writing = number % 3 != 0
+        ended.append(interrupt(study, timing, sent, during_writing=during_writing, chance=chance))
+        timing = timing.corrected(ended[-1], during_writing=during_writing)
         if fused.exists():
             assert contents(fused) == whole
             load(fused)
@@ -94,8 +102,8 @@ def test_a_merge_killed_at_any_moment_leaves_the_whole_result_or_none(study, run
         assert sorted(path.name for path in study.iterdir()) == sorted([*others, "fused"])
         clear(study)
     # Otherwise the moments would not have been spread, and the test would have shown nothing.
-    assert ended.count("before") >= 1, ended
-    assert ended.count("in writing") >= 2, ended
+    assert ended.count("before") >= 2, ended
+    assert ended.count("in writing") >= 4, ended
 
 
 def interrupt(study: Path, timing: Timing, sent: signal.Signals, *, during_writing: bool, chance: random.Random) -> str:
