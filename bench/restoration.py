@@ -23,7 +23,6 @@ from typing import Any
 
 from networks import SITES
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by the number of seeds
 COUNT = 160  # public images, as many as PAD-UFES-20 leaves beside sites and test
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "sum x 1.0": {"method": "sum"},
@@ -82,11 +81,11 @@ class Bench:
         import torch
 
         from hf_datavec import hub, models
-        from hf_datavec.images import open_images
+        from hf_datavec.images import evenly_spread, open_images
 
         images = open_images(hub.parse(str(folder)))
         number = min(count or len(images), len(images))
-        chosen = [index * len(images) // number for index in range(number)]
+        chosen = evenly_spread(len(images), number)
         known = images.label_column is not None and set(images.labels) <= set(self.base.labels)
         rows = images.label_rows(self.base.labels) if known else None
         pixels = images.tensors(models.preprocess(self.base), chosen)
@@ -380,15 +379,11 @@ def table(found: Mapping[tuple[int, str, str], list[float]], columns: tuple[str,
 
 
 def cell(values: list[list[float]]) -> str:
-    if not values:
-        return "-"
-    parts = []
-    for each in zip(*values, strict=True):
-        mean = sum(each) / len(each)
-        spread = math.sqrt(sum((one - mean) ** 2 for one in each) / max(1, len(each) - 1))
-        half = T_975[len(each)] * spread / math.sqrt(len(each)) if len(each) in T_975 else None
-        parts.append(f"{mean:.1f} ± {half:.1f}" if half is not None else f"{mean:.1f}")
-    return " / ".join(parts)
+    from hf_datavec.study.comparison import over_seeds
+
+    found = [over_seeds(each) for each in zip(*values, strict=True)]
+    parts = [f"{one.value:.1f}" + ("" if math.isnan(one.low) else f" ± {one.high - one.value:.1f}") for one in found]
+    return " / ".join(parts) or "-"
 
 
 def with_sites(found: dict[tuple[int, str, str], list[float]]) -> dict[tuple[int, str, str], list[float]]:

@@ -243,3 +243,8 @@ def _label_column(rows: Any) -> str | None:
             return name
     classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     return classes[0] if classes else None
+
+
+def evenly_spread(available: int, count: int) -> list[int]:
+    """The indices of `count` of the available images; folders list one class after the other, so from everywhere."""
+    return [index * available // count for index in range(count)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError, listed
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["fisher", "gram"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 WHAT = {
     "fisher": "the diagonal of the Fisher information: how strongly predictions depend on each weight",
     "gram": "the products of the inputs of each linear or convolutional layer with each other",

@@ -198,13 +198,15 @@ def test_repair_leaves_a_channel_alone_that_its_layer_switches_off(sites, pixels
 
 @pytest.mark.parametrize("mode", ["relative", "repair"])
 def test_the_batch_size_changes_no_carried_over_statistics(mode, sites, pixels, monkeypatch):
-    reference = restore.measured(mode, fused(sites), pictures(pixels, 20), sites).statistics
+    reference = recalibrate.measured(mode, fused(sites), pictures(pixels, 20), sites).statistics
     for batch_size in (1, 6):
-        for name, found in restore.measured(mode, fused(sites), pictures(pixels, batch_size), sites).statistics.items():
+        for name, found in recalibrate.measured(
+            mode, fused(sites), pictures(pixels, batch_size), sites
+        ).statistics.items():
             close(found.mean, reference[name].mean)
             close(found.variance, reference[name].variance)
     monkeypatch.setattr(lockstep, "JOINT", 8)  # groups are pooled: the first layer sees the pictures themselves
-    grouped = restore.measured(mode, fused(sites), pictures(pixels, 3), sites).statistics
+    grouped = recalibrate.measured(mode, fused(sites), pictures(pixels, 3), sites).statistics
     close(next(iter(grouped.values())).mean, next(iter(reference.values())).mean)
 
 

@@ -112,5 +112,5 @@ def della_linear(
     epsilon: Epsilon = 0.1, rescale: bool = True, normalize: bool = False,
 ) -> "Tensor":  # fmt: skip
     """Values dropped at random, the small ones of each row more often, then summed."""
-    total = weighted_sum(_della(vectors, density, epsilon, generators, rescale=rescale), weights.tolist())
-    return (total / sum(weights.tolist()) if normalize else total).reshape(vectors.shape[1:])
+    kept = _della(vectors, density, epsilon, generators, rescale=rescale)
+    return weighted_sum(kept, weights.tolist(), normalize=normalize).reshape(vectors.shape[1:])

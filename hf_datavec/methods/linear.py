@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def weighted_sum(vectors: "Tensor | Sequence[Tensor]", weights: "Sequence[float]") -> "Tensor":
-    """The sum of vectors (n, d), or of n rows, times their weights, in float64, in the order of the sites."""
+def weighted_sum(
+    vectors: "Tensor | Sequence[Tensor]", weights: "Sequence[float]", *, normalize: bool = False
+) -> "Tensor":
+    """The sum of vectors (n, d), or of n rows, times their weights, in float64, in the order of the sites.
+
+    With `normalize` divided by the sum of the weights.
+    """
     # Site by site: torch's own sum picks its order by size and processor, and a slice must give the same bits.
     import torch
 
@@ -23,7 +28,7 @@ def weighted_sum(vectors: "Tensor | Sequence[Tensor]", weights: "Sequence[float]
     total = vectors[0].to(torch.float64, copy=True) if first == 1 else vectors[0].double() * first
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):
         total.add_(vector, alpha=weight)
-    return total
+    return total.div_(sum(weights)) if normalize else total
 
 
 @method("sum", formula="sum_j tau_j", source="arXiv 2408.13038; arXiv 2212.04089, eq. 2", uses_weights=False)
@@ -46,8 +51,7 @@ def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 )
 def linear(vectors: "Tensor", weights: "Tensor", *, normalize: bool = True) -> "Tensor":
     """The weighted average; `normalize: false` leaves out the division, a weighted sum."""
-    total = weighted_sum(vectors, weights.tolist())
-    return total / sum(weights.tolist()) if normalize else total
+    return weighted_sum(vectors, weights.tolist(), normalize=normalize)
 
 
 @method("task_arithmetic", formula="sum_j w_j tau_j", source="arXiv 2212.04089, eq. 2", uses_weights=True)

@@ -102,8 +102,7 @@ def breadcrumbs(
     gamma: Annotated[float, Between(0, 0.9)] = 0.01, scope: Scope = "tensor", normalize: bool = False,
 ) -> "Tensor":  # fmt: skip
     """The sum of the vectors without their outliers and without their smallest values."""
-    total = weighted_sum(trimmed(vectors, thresholds), weights.tolist())
-    return total / sum(weights.tolist()) if normalize else total
+    return weighted_sum(trimmed(vectors, thresholds), weights.tolist(), normalize=normalize)
 
 
 @method(

@@ -14,7 +14,7 @@ from hf_datavec import survey as surveys
 from hf_datavec.adaptation import Learned, Settings
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError, RunError
-from hf_datavec.images import ImageSet
+from hf_datavec.images import ImageSet, evenly_spread
 from hf_datavec.plan import Plan, Step
 from hf_datavec.progress import progress
 from hf_datavec.vector import refuse_nonfinite, rows_by_label
@@ -79,9 +79,10 @@ def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: torch.device) -
     settings = Settings(chosen["steps"], chosen["learning_rate"], max(2, restore.batch_size), plan.recipe.merge.seed)
     bar = progress(range(settings.steps), text="adapt", total=settings.steps, unit="step")
 
+    spread = evenly_spread(len(images), count)
+
     def load(indices: Sequence[int]) -> torch.Tensor:
-        # Evenly spread, since folders list one class after the other.
-        return images.tensors(network.preprocess, [index * len(images) // count for index in indices])
+        return images.tensors(network.preprocess, [spread[index] for index in indices])
 
     def notify() -> None:
         next(bar, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec import models, processes, recalibrate, tensors
 from hf_datavec.errors import InputError
-from hf_datavec.images import ImageSet
+from hf_datavec.images import ImageSet, evenly_spread
 from hf_datavec.plan import FEW_IMAGES, Plan
 from hf_datavec.progress import progress
 from hf_datavec.recalibrate import Domain, Gaussian, Pictures, Sites
@@ -32,15 +32,6 @@ class Restoration:
     caution: str = ""
     # What the sites' networks show on the public images, which every setting of a search needs and none changes.
     kept: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Statistics by layer, how many images they took, and the largest standard error of a layer's."""
-
-    statistics: Mapping[str, Gaussian]
-    images: int
-    error: float
 
 
 def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restoration:
@@ -113,7 +104,7 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
         # Tuning starts from statistics that fit, so that its few steps need not make up for them.
         sites = chosen.sites
         mode = "relative" if chosen.domain.foreign and sites.shared else "statistics"
-    found = measured(mode, network, pictures, chosen.sites, kept=chosen.kept)
+    found = recalibrate.measured(mode, network, pictures, chosen.sites, kept=chosen.kept)
     recalibrate.assign(network, found.statistics)
     layers = len(found.statistics)
     if not layers:
@@ -132,7 +123,7 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
     return f"{text} {processes.on_main(lambda: _tuned(network, public, pictures, wanted))}"
 
 
-def _named(found: Found, pictures: Pictures, public: ImageSet) -> str:
+def _named(found: recalibrate.Found, pictures: Pictures, public: ImageSet) -> str:
     """The images that were looked at, and why no more of them."""
     of = f"`{public.fetched.reference.identity}`"
     if found.images == pictures.count:
@@ -146,30 +137,10 @@ def _whose(sites: Sites) -> str:
     return "the sites' own statistics" if sites.shared else "the base's statistics"
 
 
-def measured(
-    mode: str, network: models.Network, pictures: Pictures, sites: Sites, *, kept: list[Any] | None = None
-) -> Found:
-    """The statistics by layer that a mode gives a network on pictures."""
-    if mode == "repair":
-        pictures = replace(pictures, tolerance=0.0)  # all networks must have seen the same
-        goals = recalibrate.goals(sites, pictures, kept=kept)
-        return Found(recalibrate.repair(network, pictures, goals=goals), pictures.count, 0.0)
-    seen = recalibrate.observe(network, pictures)
-    images = next((one.images for one in seen.values()), 0)
-    error = max((one.error for one in seen.values()), default=0.0)
-    if mode == "relative":
-        # The sites' networks are shown what the fused one was shown, since it is their difference that counts.
-        shown = replace(recalibrate.looked_at(seen, pictures), tolerance=0.0)
-        # What is kept was seen on all pictures.
-        abroad = recalibrate.abroad(sites, shown, kept=kept if shown.count == pictures.count else None)
-        return Found(recalibrate.relative(seen, home=sites.home(), abroad=abroad), images, error)
-    return Found({name: Gaussian(one.mean, one.variance) for name, one in seen.items()}, images, error)
-
-
 def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted: Recalibrate) -> str:
     rows = _labelled(public, wanted, network.labels)
     if rows is not None:
-        rows = [rows[index] for index in _chosen(len(public), pictures.count)]
+        rows = [rows[index] for index in evenly_spread(len(public), pictures.count)]
     tuned = recalibrate.tune(
         network,
         pictures,
@@ -202,17 +173,12 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
-def _chosen(available: int, count: int) -> list[int]:
-    # Evenly spread, since folders list one class after the other.
-    return [index * available // count for index in range(count)]
-
-
 def _pictures(
     sites: Sites, public: ImageSet, wanted: Recalibrate, *, network: models.Network | None = None
 ) -> Pictures:
     """The calibration images as every network here takes them, prepared once each; a bar for the fused one's."""
     count = min(wanted.count, len(public))
-    chosen = _chosen(len(public), count)
+    chosen = evenly_spread(len(public), count)
     preprocess = network.preprocess if network else models.preprocess(sites.base)
     with_bar = progress(range(count), text="recalibrate", total=count, unit="image") if network else iter(())
 

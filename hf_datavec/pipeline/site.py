@@ -14,7 +14,7 @@ from hf_datavec import noise as noising
 from hf_datavec.card import licence, vector_card
 from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
 from hf_datavec.errors import InputError
-from hf_datavec.images import ImageSet, open_images
+from hf_datavec.images import ImageSet, evenly_spread, open_images
 from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment, StatisticsNoise
 from hf_datavec.models import largest_momentum, load, refuse_offloaded
 from hf_datavec.pipeline import device as devices
@@ -156,6 +156,7 @@ def _second_moments(
     names = base.named(Role.WEIGHT, Role.HEAD)
     images = open_images(hub.parse(wanted.images), split=wanted.split)
     count = min(wanted.count, len(images))
+    spread = evenly_spread(len(images), count)
     network = load(place, device=devices.choose(wanted.device))
     refuse_offloaded(network, "measuring second moments")
     weights = curvature.parameters(network, {name: tuned.names[name] for name in names})
@@ -164,8 +165,7 @@ def _second_moments(
         bar = progress(range(count), text=kind, total=count, unit="image")
 
         def pixels(indices: Sequence[int]) -> torch.Tensor:
-            # Evenly spread, since folders list one class after the other.
-            return images.tensors(network.preprocess, [index * len(images) // count for index in indices])
+            return images.tensors(network.preprocess, [spread[index] for index in indices])
 
         def notify(done: int, bar: Iterator[int] = bar) -> None:
             for _ in range(done):

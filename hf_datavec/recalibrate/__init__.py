@@ -11,17 +11,19 @@ from hf_datavec.recalibrate.change import median_change
 from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
 from hf_datavec.recalibrate.judgement import automatic, cautions, kind
 from hf_datavec.recalibrate.lockstep import Pictures, assign, looked_at, observe, statistics
+from hf_datavec.recalibrate.modes import Found, measured
 from hf_datavec.recalibrate.outlying import outlying
 from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
 from hf_datavec.recalibrate.relative import abroad, carried_over, relative
 from hf_datavec.recalibrate.repair import goals, repair
-from hf_datavec.recalibrate.sites import Sites, as_tensors, moments, of_base, sharing
+from hf_datavec.recalibrate.sites import Sites, as_tensors, of_base, sharing
 from hf_datavec.recalibrate.tune import tune
 
 __all__ = [
     "FOREIGN",
     "Channels",
     "Domain",
+    "Found",
     "Gaussian",
     "Measured",
     "Pictures",
@@ -37,8 +39,8 @@ __all__ = [
     "kind",
     "layers_of",
     "looked_at",
+    "measured",
     "median_change",
-    "moments",
     "observe",
     "of_base",
     "outlying",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from hf_datavec.images import evenly_spread
 from hf_datavec.models import Network
 from hf_datavec.recalibrate.lockstep import Pictures, observe
 from hf_datavec.recalibrate.pooling import Channels, Measured
@@ -52,9 +53,10 @@ def compare(sites: Sites, pictures: Pictures) -> Domain:
 
 
 def _spread(all_of_them: Pictures, some: Pictures) -> Pictures:
-    # Folders list one class after the other, so the few must come from everywhere.
+    spread = evenly_spread(all_of_them.count, some.count)
+
     def load(indices: Sequence[int]) -> torch.Tensor:
-        return all_of_them.load([index * all_of_them.count // some.count for index in indices])
+        return all_of_them.load([spread[index] for index in indices])
 
     return replace(some, load=load)
 

@@ -63,13 +63,8 @@ def of_site(base: Checkpoint, site: Contribution) -> dict[str, Gaussian]:
     return found
 
 
-def moments(base: Checkpoint, sites: Sequence[Contribution]) -> dict[str, Gaussian]:
-    """The statistics of the mixture of the sites' data, by layer: law of total variance, in float64."""
-    return combined([of_site(base, one) for one in sites], [one.weight for one in sites])
-
-
 def combined(parts: Sequence[Mapping[str, Channels]], weights: Sequence[float]) -> dict[str, Gaussian]:
-    """The mixture of several networks' statistics, layer by layer."""
+    """The mixture of several networks' statistics, layer by layer: law of total variance, in float64."""
     return {name: mixture([part[name] for part in parts], weights) for name in parts[0]}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_datavec import models, recalibrate
-from hf_datavec.recalibrate import Channels, Gaussian, Pictures, Sites
+from hf_datavec.images import evenly_spread
+from hf_datavec.recalibrate import Gaussian, Pictures, Sites
 from hf_datavec.recipe import Recalibrate
 from hf_datavec.study.pictures import Part
 
@@ -24,7 +25,7 @@ BATCH = 64
 def pictures(images: Part, preprocess: Preprocess, count: int | None = None) -> Pictures:
     """A part's images as networks take them, evenly spread when there are more than `count`."""
     number = min(count or len(images), len(images))
-    chosen = [index * len(images) // number for index in range(number)]
+    chosen = evenly_spread(len(images), number)
 
     def load(indices: Sequence[int]) -> torch.Tensor:
         return images.tensors(preprocess, [chosen[index] for index in indices])
@@ -41,17 +42,9 @@ class Restorer:
     count: int
 
     @cached_property
-    def home(self) -> dict[str, Gaussian]:
-        """The mixture of the sites' own statistics."""
-        return self.sites.home()
-
-    @cached_property
-    def _goals(self) -> dict[str, Gaussian]:
-        return recalibrate.goals(self.sites, self._pictures)
-
-    @cached_property
-    def _abroad(self) -> dict[str, Gaussian]:
-        return recalibrate.abroad(self.sites, self._pictures)
+    def _kept(self) -> dict[str, list[Any]]:
+        """What the sites' networks show on the public images, by mode."""
+        return {}
 
     @cached_property
     def _pictures(self) -> Pictures:
@@ -72,21 +65,17 @@ class Restorer:
         if mode == "tune":
             self._tune(network)
 
-    def _statistics(self, network: models.Network, mode: str) -> Mapping[str, Channels]:
+    def _statistics(self, network: models.Network, mode: str) -> Mapping[str, Gaussian]:
         if mode == "moments":
-            return self.home
-        if mode == "relative":
-            seen = recalibrate.observe(network, self._pictures)
-            return recalibrate.relative(seen, home=self.home, abroad=self._abroad)
-        if mode == "repair":
-            return recalibrate.repair(network, self._pictures, goals=self._goals)
-        return recalibrate.observe(network, self._pictures)
+            return self.sites.home()
+        kept = self._kept.setdefault(mode, [])
+        return recalibrate.measured(mode, network, self._pictures, self.sites, kept=kept).statistics
 
     def _tune(self, network: models.Network) -> None:
         chosen, count = Recalibrate().tuning, self._pictures.count
         labelled = self.public.label_column is not None and set(self.public.labels) <= set(network.labels)
         rows = self.public.label_rows(network.labels) if labelled else None
-        some = [rows[index * len(rows) // count] for index in range(count)] if rows else None
+        some = [rows[index] for index in evenly_spread(len(rows), count)] if rows else None
         recalibrate.tune(
             network,
             self._pictures,

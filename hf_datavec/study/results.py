@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESULTS_FILE, TABLE_FILE = "results.json", "README.md"
-# What a fused model is held against: it must beat the first two and come close to the others.
-BARS = ("site", "ensemble", "pooled")
 
 
 @dataclass(frozen=True)
