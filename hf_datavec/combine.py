@@ -15,9 +15,12 @@ from hf_datavec.selection import magnitudes
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Coordinates combined at a time on a CPU. A slice of some sites in float32 and float64 fits into a core's cache,
-# and it is torch's own grain: below it an operation runs on one thread, so a sum has one order on every machine.
+# Coordinates that are summed up at a time: torch's own grain, below which an operation runs on one thread, so that a
+# sum has one order on every machine.
 SLICE = 2**15
+# Values of all sites together that are combined at a time on a CPU: what stays near a core, and enough for an operation
+# to take longer than two threads need to hand the interpreter to each other.
+TOGETHER = 2**19
 # Coordinates that are computed in one go and handed over together: some milliseconds of work, so that waking threads
 # costs nothing, and few enough that memory is used again and again.
 PIECE = 2**20
@@ -63,6 +66,11 @@ class Sites:
             for kind, found in self.beside.items()
         }
         return replace(self, beside=rows)
+
+
+def slice_length(sites: int) -> int:
+    """How many coordinates of a number of sites are combined at a time on a CPU."""
+    return max(SLICE // 4, min(4 * SLICE, TOGETHER // sites))
 
 
 def needs_whole(method: Method) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
-from hf_datavec.combine import PIECE, SLICE, Sites, needs_whole, ready
+from hf_datavec.combine import PIECE, Sites, needs_whole, ready, slice_length
 from hf_datavec.errors import InputError
 from hf_datavec.geometry import Gram, products
 from hf_datavec.plan import Plan, Step
@@ -133,38 +133,44 @@ class _Combining:
         # A search's combination was found finite when it was made, and a trial should cost little.
         measured = not any(isinstance(one.source, Combination) for one in self.plan.contributions)
         done = 0
-        for vectors, fused in self._slices(where):
-            result[done : done + fused.shape[0]] = fused
-            done += fused.shape[0]
+        for vectors, base, combined in self._slices(where):
+            here = result[done : done + base.shape[0]]
+            # float32 plus float64 is float64, without a copy of either in between
+            torch.add(base, combined, alpha=self.step.scale, out=here)
+            done += base.shape[0]
             if measured:
-                for some in vectors.split(SLICE, dim=1) if vectors.shape[1] > SLICE else (vectors,):
+                for some in vectors.split(slice_length(count), dim=1):
                     seen += products(some)
         if not math.isfinite(float(seen.trace())):
             for one in self.plan.contributions:
                 refuse_nonfinite(one.source.read(step.name), step.name, one.name)
-        _refuse_overflow(step, result, lambda: max(float(fused.abs().max()) for _, fused in self._slices(where)))
+        _refuse_overflow(step, result, lambda: self._largest(where))
         return step.name, result.cpu(), seen.cpu()
 
-    def _slices(self, where: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Slice by slice the sites' vectors (n, d) and the fused values (d,) in float64."""
+    def _largest(self, where: range) -> float:
+        """The largest magnitude of the fused values before they are cast."""
+        found = (base.double() + self.step.scale * combined for _, base, combined in self._slices(where))
+        return max(float(fused.abs().max()) for fused in found)
+
+    def _slices(self, where: range) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Slice by slice the sites' vectors (n, d), the base's values (d,) and the combination (d,) in float64.
+
+        The next slice's vectors take the place of this one's.
+        """
         import torch
 
         base = self.plan.base.tensors.read(self.step.name).reshape(-1)
         parts = [one.source.parts(self.step.name) for one in self.plan.contributions]
-        length = _slice_length(self.step, len(where), self.device)
+        whole = needs_whole(self.step.method) or str(self.device) != "cpu"
+        length = max(1, len(where)) if whole else slice_length(len(parts))
+        room: torch.Tensor | None = None
         for start in range(where.start, where.stop, length):
             here = slice(start, min(start + length, where.stop))
             rows = [part(here) for part in parts]
-            vectors = (torch.stack(rows) if len(rows) > 1 else rows[0][None]).to(self.device)
-            combined = self.combine(_clipped(vectors, self.sites), start)
-            # float32 plus float64 is float64, without a copy of the base in between
-            yield vectors, torch.add(base[here].to(self.device), combined, alpha=self.step.scale)
-
-
-def _slice_length(step: Step, length: int, device: torch.device | str) -> int:
-    """How many coordinates are combined at a time: what stays in a core's cache, or all of them."""
-    whole = needs_whole(step.method) or str(device) != "cpu"
-    return max(1, length) if whole else SLICE
+            if room is None or room.shape[1] != len(rows[0]):
+                room = rows[0].new_empty(len(rows), len(rows[0]))
+            vectors = (torch.stack(rows, out=room) if len(rows) > 1 else rows[0][None]).to(self.device)
+            yield vectors, base[here].to(self.device), self.combine(_clipped(vectors, self.sites), start)
 
 
 def _clipped(vectors: torch.Tensor, sites: Sites) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from hf_datavec import lineage
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
-from hf_datavec.combine import PIECE, SLICE, needs_whole
+from hf_datavec.combine import PIECE, needs_whole, slice_length
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.hub import Fetched
@@ -94,7 +94,7 @@ class Step:
         # the combination, the base and the result in float64.
         each = sites * (4 + 8 + 8 * self.method.copies) + 3 * 8
         if not self.is_whole:
-            return min(values, PIECE) * ITEM_BYTES[self.record.dtype] + min(values, SLICE) * each
+            return min(values, PIECE) * ITEM_BYTES[self.record.dtype] + min(values, slice_length(sites)) * each
         matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
         # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
         beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0

@@ -8,20 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec.geometry import Geometry
 from hf_datavec.metrics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What plots need, for those who want to have it at hand in time.
-LIBRARIES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 # Colour-blind safe (Okabe and Ito 2008).
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#E69F00", "#999999", "#009E73"
 LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00", "#000000", GREY)
-# Rows of a heat map before its cells shrink: a picture that grows with the square of the number of sites took 400 MB
-# for 32 of them. Below the second number, in points, nobody reads what is written in a cell.
-FULL_CELLS, READABLE = 6, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +71,6 @@ def plot_lines(series: Sequence[Series], path: Path, *, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if series:
         axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
-
-
-def plot_cosines(names: Sequence[str], geometry: Geometry, path: Path) -> None:
-    """A heat map of the cosines between vectors, each cell with its number as long as numbers can be read."""
-    count = len(names)
-    side = 2.2 + 0.75 * min(count, FULL_CELLS)
-    size = 9 * min(1.0, FULL_CELLS / max(1, count))
-    figure, axes = _figure(side + 0.8, side)
-    picture = axes.imshow(geometry.cosines, cmap="RdBu_r", vmin=-1, vmax=1)
-    for row, values in enumerate(geometry.cosines):
-        for column, value in enumerate(values if size >= READABLE else ()):
-            shade = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=size)
-    axes.set_xticks(range(count), names, rotation=35, ha="right", fontsize=max(size, READABLE))
-    axes.set_yticks(range(count), names, fontsize=max(size, READABLE))
-    axes.set_title("Cosine between task vectors", fontsize=11)
-    figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.04)
     _save(figure, path)
 
 

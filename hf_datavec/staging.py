@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from hf_datavec.errors import InputError, RunError
@@ -77,8 +78,30 @@ def _flush(folder: Path) -> None:
     # After a power cut a renamed folder must not hold files whose bytes never reached the disk.
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def flushing() -> Iterator[Callable[[Path], None]]:
+    """Yield what brings a file to the disk beside other work, so that the last flush has little left to do.
+
+    Raises: OSError of the disk at the end of the block.
+    """
+    with ThreadPoolExecutor(1, "flush") as pool:
+        asked: list[Future[None]] = []
+
+        def flush(path: Path) -> None:
+            if all(one.done() for one in asked):  # a disk that is behind gets all the rest at the end
+                asked.append(pool.submit(_sync, path))
+
+        yield flush
+    for one in asked:
+        one.result()

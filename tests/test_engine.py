@@ -56,7 +56,7 @@ def test_neither_the_size_of_pieces_nor_the_number_of_threads_changes_a_bit(sect
     expected, gram = {}, Gram()
     expected.update(fuse.run(plan, gram=gram))
     monkeypatch.setattr(fuse, "PIECE", 8192)
-    monkeypatch.setattr(fuse, "SLICE", 2048)
+    monkeypatch.setattr(fuse, "slice_length", lambda sites: 2048)
     for threads in (1, 3):
         torch.set_num_threads(threads)
         seen = Gram()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec import automatic, hub, lineage, models, processes, report, study_base, tensors, variants
+from hf_datavec import automatic, heatmap, hub, lineage, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
 from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
@@ -35,7 +35,6 @@ from hf_datavec.pipeline.prepare import (
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
-from hf_datavec.threads import import_ahead
 from hf_datavec.vector import TaskVector
 
 if TYPE_CHECKING:
@@ -126,8 +125,6 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, torch
     chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
     gram, recipe = Gram(), prepared.recipe
     with _staged(output) as folder:
-        if len(prepared.order) > 1 and processes.is_main():
-            import_ahead(*report.LIBRARIES)
         processes.on_main(
             lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         )
@@ -254,7 +251,7 @@ def _describe(fusion: Fusion, folder: Path) -> None:
     (folder / lock.RECIPE_FILE).write_text(fusion.recipe, "utf-8")
     if len(fusion.geometry.norms) > 1:
         names = [one.name for one in fusion.plan.contributions]
-        report.plot_cosines(names, fusion.geometry, folder / "cosines.png")
+        heatmap.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
     if fusion.search:
         text = json.dumps(fusion.search.as_dict(), indent=2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import hub, models, processes, report
+from hf_datavec import heatmap, hub, models, processes
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.combine import SLICE
 from hf_datavec.errors import InputError
@@ -71,7 +71,7 @@ def inspect(references: list[str], *, plot: Path | None = None, download: bool =
         return Inspection(tuple(vectors), norms, None)
     geometry = _geometry([vector for _, vector in vectors], names)
     if plot is not None:
-        report.plot_cosines([one.reference.name for one in fetched], geometry, plot)
+        heatmap.plot_cosines([one.reference.name for one in fetched], geometry, plot)
     return Inspection(tuple(vectors), geometry.norms, geometry.cosines)
 
 

@@ -17,6 +17,7 @@ from hf_datavec.geometry import Gram
 from hf_datavec.pipeline.ledger import Finished, Ledger, Part, key_of, parts_of, verified
 from hf_datavec.plan import Plan
 from hf_datavec.progress import byte_progress
+from hf_datavec.staging import flushing
 from hf_datavec.survey import Survey
 from hf_datavec.tables import size
 from hf_datavec.tensors import Record
@@ -105,7 +106,7 @@ def _verified(parts: Sequence[Part], claimed: Mapping[int, Finished]) -> dict[in
 
 
 def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Iterator[tuple[int, Finished]]:
-    with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell:
+    with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell, flushing() as flush:
         for _, group in groupby(mine, key=lambda part: part.file):
             parts, seen = list(group), Gram()
             names = {record.name for part in parts for record in part.records}
@@ -113,6 +114,7 @@ def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Ite
             stream = _telling(fusing(names, seen), tell)
             for part in parts:
                 pairs = tensors.write_into(part.file, part.records, stream)
+                flush(part.file)
                 finished = Finished(tuple(one for _, one in pairs), seen.taken())
                 if ledger is not None:
                     ledger.enter(part, finished)

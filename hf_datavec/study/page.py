@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hf_datavec.heatmap import plot_cosines
 from hf_datavec.metrics import METRICS
-from hf_datavec.report import BLUE, GREEN, GREY, ORANGE, Bar, Series, plot_bars, plot_cosines, plot_lines
+from hf_datavec.report import BLUE, GREEN, GREY, ORANGE, Bar, Series, plot_bars, plot_lines
 from hf_datavec.study import curves
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.results import Results, cell
