@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_datavec.draws import Draws
+from hf_datavec.methods.signs import agreeing
 
 Vectors = list[list[float]]
 
@@ -59,9 +60,22 @@ def elect_and_merge(vectors: Vectors, weights: list[float], *, normalize: bool =
         agreeing = [place for place, value in enumerate(weighted) if elected != 0 and sign(value) == elected]
         total = math.fsum(weighted[place] for place in agreeing)
         divisor = math.fsum(weights[place] for place in agreeing)
-        return total / divisor if normalize and agreeing else total
+        if not normalize:
+            return total
+        return total / divisor if divisor else 0.0  # weights that add up to nothing have no average
 
     return by_place(vectors, rule)
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(-3, 3)] * 4), min_size=1, max_size=9),
+    st.tuples(*[st.sampled_from([1, 1, 0.5, -1, -2, 0])] * 4),
+    st.booleans(),
+)
+def test_election_is_the_papers_for_weights_of_any_sign(places, weights, normalize):
+    vectors = [[float(place[site]) for place in places] for site in range(4)]
+    found = agreeing(torch.tensor(vectors), torch.tensor(weights, dtype=torch.float64), normalize=normalize)
+    assert found.tolist() == pytest.approx(elect_and_merge(vectors, list(weights), normalize=normalize), abs=1e-12)
 
 
 def naive_ties(density: float, **how: bool) -> Callable[[Vectors, list[float]], list[float]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from hf_datavec.errors import InputError, RunError
-from hf_datavec.staging import partial_path, refuse_existing, staged
+from hf_datavec.staging import flushing, partial_path, refuse_existing, staged
 
 # Writes into a staged folder and holds it open until a line arrives on stdin.
 HOLDER = """
@@ -175,3 +177,33 @@ def test_outputs_with_similar_names_have_partial_folders_and_locks_of_their_own(
             with staged(tmp_path / other):
                 pass
     assert names(tmp_path) == sorted([name, *others])
+
+
+def test_files_are_flushed_beside_other_work_and_all_is_done_when_the_block_ends(tmp_path, monkeypatch):
+    begun, go_on, flushed = Event(), Event(), []
+
+    def sync(handle):
+        begun.set()
+        assert go_on.wait(20)
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    with flushing() as flush:
+        flush(tmp_path / "first")
+        assert begun.wait(20)
+        flush(tmp_path / "second")  # the disk is behind; the end of a staged folder flushes what is missing
+        assert not flushed
+        go_on.set()
+    assert flushed == [str(tmp_path / "first")]
+
+
+def test_an_error_of_the_disk_in_the_background_is_not_lost(tmp_path, monkeypatch):
+    def broken(handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(OSError, match="Input/output error"), flushing() as flush:
+        flush(tmp_path / "file")

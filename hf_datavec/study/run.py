@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_datavec import hub
 from hf_datavec.checkpoint import open_checkpoint
@@ -72,12 +73,12 @@ def _output(study: Study, path: Path, output: Path | None) -> Path:
 
 def _refuse_other(study: Study, table: Table, folder: Path) -> None:
     """Raise InputError when the folder holds something else; note down what it will hold otherwise."""
-    described = {key: study.model_dump(mode="json")[key] for key in FIXED} | {"images": table.images.digest}
+    described = _described(study, table)
     note = folder / STUDY_FILE
     if not note.exists():
         if any(folder.iterdir()):
             raise InputError(f"output '{folder}' is not empty", hint="choose another folder with -o")
-        note.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        write_note(study, table, folder)
         return
     before = json.loads(note.read_text("utf-8"))
     changed = [key for key in described if before.get(key) != described[key]]
@@ -86,6 +87,15 @@ def _refuse_other(study: Study, table: Table, folder: Path) -> None:
             f"'{folder}' holds a study with other {' and '.join(changed)}",
             hint="choose another folder with -o, or take the change back to go on; seeds, merges, modes may change",
         )
+
+
+def _described(study: Study, table: Table) -> dict[str, Any]:
+    return {key: study.model_dump(mode="json")[key] for key in FIXED} | {"images": table.images.digest}
+
+
+def write_note(study: Study, table: Table, folder: Path) -> None:
+    """Note down which study a folder holds, so that what is kept there is used for no other."""
+    (folder / STUDY_FILE).write_text(json.dumps(_described(study, table), indent=2) + "\n", "utf-8")
 
 
 def _write_base(study: Study, table: Table, here: Path, folder: Path) -> None:
