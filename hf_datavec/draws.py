@@ -30,10 +30,10 @@ class Draws:
         import torch
 
         # All bits where the number is below, none where it is not: on values as bits this is all that dropping takes.
-        mask = (self._numbers(values.shape[0]) - math.ceil(chance * TOP)) >> 31
+        mask = self._numbers(values.shape[0]).sub_(math.ceil(chance * TOP)).bitwise_right_shift_(31)
         bits = torch.int32 if values.dtype == torch.float32 else torch.int64
         # Drawn on the CPU, so that every device sees the same numbers.
-        return (values.view(bits) & mask.to(values.device, bits)).view(values.dtype)
+        return mask.to(values.device, bits).bitwise_and_(values.view(bits)).view(values.dtype)
 
     def uniform(self, count: int) -> Tensor:
         """`count` numbers from 0 to 1, without 1, in float64."""

@@ -12,18 +12,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Bits = NDArray[np.int32]
+    Counts = NDArray[np.int64]
 
     # Goes through all values of a vector, in slices of any size; every time in the same way.
     Slices = Callable[[], Iterable[torch.Tensor]]
+    Parts = Callable[[slice], torch.Tensor]
 
 LOWER = 16  # bits; the 31 bits of a magnitude fall into halves of 2^15 and 2^16 bins
 # Up to here selecting directly is faster than going through so many bins; a slice of a longer vector, too.
 SHORT = 2**15
 # Bit patterns counted around a guess: magnitudes up to 3 % smaller or larger, for the fewest digits of a mantissa.
 AROUND = 2**18
-# Slices counted in one go, since each time costs a walk over all bins.
-TOGETHER = 64
+# Values around a guess that are counted in one go, since each time costs a walk over all bins.
+TOGETHER = 2**20
 # Of a vector one value in this many is looked at for the guess, and no more than so many.
 SPARSE, MOST = 64, 2**22
 # Neighbours that are looked at together, since reading one value reads the memory page that it lies on.
@@ -36,7 +42,9 @@ def magnitudes(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     if 0 < length <= SHORT:
         sizes = values.abs()
         return [float(sizes.kthvalue(length + 1 - min(max(1, rank), length)).values) for rank in ranks]
-    return streamed(lambda: values.split(SHORT) if length else (), sample([values], length), ranks, length)
+    return streamed(
+        lambda: values.split(SHORT) if length else (), sample([(length, values.__getitem__)], length), ranks, length
+    )
 
 
 def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: int) -> list[float]:
@@ -49,7 +57,7 @@ def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: i
     wanted = [min(max(1, rank), length) for rank in ranks]
     around = [Around(guess(some, rank, length)) for rank in wanted]
     for values in slices():
-        bits = _bits(values)
+        bits = _bits(values).numpy()
         for one in around:
             one.count(bits)
     found = [one.find(rank) for one, rank in zip(around, wanted, strict=True)]
@@ -58,17 +66,19 @@ def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: i
     return [_magnitude(next(exact) if bits is None else bits) for bits in found]
 
 
-def sample(tensors: Iterable[torch.Tensor], length: int) -> torch.Tensor:
-    """Some values of a vector of a length, evenly from all of its tensors, in clusters."""
+def sample(tensors: Iterable[tuple[int, Parts]], length: int) -> torch.Tensor:
+    """Some values of a vector of a length, evenly from all of its tensors, in clusters.
+
+    Of each tensor are given its length, and what reads some of its values.
+    """
     import torch
 
     each = CLUSTER * max(SPARSE, length // MOST)
     found = []
-    for tensor in tensors:
-        flat = tensor.reshape(-1)
-        whole = len(flat) // each * each
-        found.append(flat[:whole].view(-1, each)[:, :CLUSTER].reshape(-1))
-        found.append(flat[whole:][: -(-(len(flat) - whole) * CLUSTER // each)])
+    for values, parts in tensors:
+        for start in range(0, values, each):
+            some = -(-min(each, values - start) * CLUSTER // each)
+            found.append(parts(slice(start, start + some)))
     return torch.cat(found) if found else torch.zeros(0)
 
 
@@ -81,31 +91,45 @@ def guess(some: torch.Tensor, rank: int, length: int) -> int:
 class Around:
     """How often each bit pattern around a guess occurs, and how many values are larger."""
 
+    # By numpy, whose comparisons and searches among truth values are several times faster than torch's.
+
     def __init__(self, bits: int) -> None:
-        import torch
+        import numpy as np
 
         self._first = max(0, bits - AROUND // 2)
-        # Before and behind the patterns a bin for what is smaller and larger.
-        self._counts = torch.zeros(AROUND + 2, dtype=torch.int64)
-        self._waiting: list[torch.Tensor] = []
+        self._larger = 0
+        self._counts: Counts = np.zeros(AROUND, np.int64)
+        self._waiting: list[Bits] = []
+        self._held = 0
 
-    def count(self, bits: torch.Tensor) -> None:
-        self._waiting.append((bits - (self._first - 1)).clamp_(0, AROUND + 1))
-        if len(self._waiting) >= TOGETHER:
+    def count(self, bits: Bits) -> None:
+        import numpy as np
+
+        larger = bits >= self._first + AROUND
+        self._larger += int(np.count_nonzero(larger))
+        around = bits >= self._first
+        around ^= larger
+        self._waiting.append(bits[np.flatnonzero(around)])
+        self._held += len(self._waiting[-1])
+        if self._held >= TOGETHER:
             self._count_waiting()
 
     def _count_waiting(self) -> None:
-        import torch
+        import numpy as np
 
         if self._waiting:
-            self._counts += torch.cat(self._waiting).bincount(minlength=AROUND + 2)
-            self._waiting = []
+            self._counts += np.bincount(np.concatenate(self._waiting) - self._first, minlength=AROUND)
+            self._waiting, self._held = [], 0
 
     def find(self, rank: int) -> int | None:
         """The bits at a rank, or None when they are not around."""
+        import torch
+
         self._count_waiting()
-        place, _ = _find(self._counts, rank)
-        return self._first - 1 + place if 0 < place < AROUND + 1 else None
+        if not self._larger < rank <= self._larger + int(self._counts.sum()):
+            return None
+        place, _ = _find(torch.from_numpy(self._counts), rank - self._larger)
+        return self._first + place
 
 
 def _by_halves(slices: Slices, ranks: Sequence[int]) -> Iterator[int]:

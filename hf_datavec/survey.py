@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from hf_datavec.checkpoint import Role
-from hf_datavec.combine import SLICE, Sites, inner_products, site_shares
+from hf_datavec.combine import SLICE, Sites, inner_products, site_shares, slice_length
 from hf_datavec.plan import Contribution, Plan, Step
 from hf_datavec.progress import progress
 from hf_datavec.selection import sample, streamed
@@ -113,7 +113,7 @@ def _each_vector(plan: Plan, text: str, measure: Callable[[Plan, Contribution], 
 
 
 def _norm(plan: Plan, one: Contribution) -> float:
-    squares = (float(part.double().square().sum()) for part in _slices(plan, one, _names(plan)))
+    squares = (float(part.double().square().sum()) for part in _slices(plan, one, _names(plan), SLICE))
     return sum(squares) ** 0.5  # type: ignore[no-any-return] # a sum of no numbers is 0
 
 
@@ -127,8 +127,8 @@ def _magnitudes(ranked: Mapping[Key, Step], plan: Plan, one: Contribution) -> di
         asked = step.method.ranks(length, **step.method.chosen(step.options))
         places[key] = slice(len(ranks), len(ranks) + len(asked))
         ranks += asked
-    some = sample((one.source.read(name) for name in names), length)
-    found = streamed(lambda: _slices(plan, one, names), some, ranks, length)
+    some = sample((_parts(plan, one, name) for name in names), length)
+    found = streamed(lambda: _slices(plan, one, names, slice_length(1)), some, ranks, length)
     return {key: found[place] for key, place in places.items()}
 
 
@@ -137,16 +137,20 @@ def _names(plan: Plan) -> list[str]:
     return [record.name for record in in_file_order(records)]
 
 
-def _slices(plan: Plan, one: Contribution, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """A site's vector, slice by slice. Raises: InputError for NaN or infinite values."""
+def _parts(plan: Plan, one: Contribution, name: str) -> tuple[int, Callable[[slice], torch.Tensor]]:
+    """The length of one tensor of a site's vector, and what reads some of its values."""
+    length = math.prod(plan.base.shape_with(name, one.labels))
+    if plan.base.roles[name] is Role.HEAD:
+        return length, one.source.read(name).reshape(-1).__getitem__
+    return length, one.source.parts(name)
+
+
+def _slices(plan: Plan, one: Contribution, names: Sequence[str], size: int) -> Iterator[torch.Tensor]:
+    """A site's vector in slices of a size. Raises: InputError for NaN or infinite values."""
     for name in names:
-        if plan.base.roles[name] is Role.HEAD:
-            parts: Callable[[slice], torch.Tensor] = one.source.read(name).reshape(-1).__getitem__
-        else:
-            parts = one.source.parts(name)
-        length = math.prod(plan.base.shape_with(name, one.labels))
-        for start in range(0, length, SLICE):
-            part = parts(slice(start, min(start + SLICE, length)))
+        length, parts = _parts(plan, one, name)
+        for start in range(0, length, size):
+            part = parts(slice(start, min(start + size, length)))
             if not math.isfinite(float(part.sum())):
                 refuse_nonfinite(one.source.read(name), name, one.name)
             yield part

@@ -42,7 +42,7 @@ def test_streamed_ranks_are_those_of_the_sorted_vector(seed, length, distinct, p
     ranks = sorted({1, length, 1 + seed % length, length + 5})
     expected = [ordered[min(rank, length) - 1] for rank in ranks]
     # A sample that says little, and one that leads astray.
-    for some in (sample([values], length), torch.full((3,), 1e-3)):
+    for some in (sample([(length, values.__getitem__)], length), torch.full((3,), 1e-3)):
         assert streamed(lambda: values.split(parts), some, ranks, length) == expected
     assert magnitudes(values, ranks) == expected
 
@@ -55,7 +55,7 @@ def test_a_vector_is_read_once_when_its_sample_is_like_it():
         reads.append(1)
         return values.split(2**15)
 
-    some = sample(tensors, len(values))
+    some = sample([(len(tensor), tensor.__getitem__) for tensor in tensors], len(values))
     assert len(some) == pytest.approx(len(values) / 64, rel=0.05)
     found = streamed(slices, some, [400_000, 20_000], len(values))
     assert found == values.abs().sort(descending=True).values[[399_999, 19_999]].tolist()
