@@ -1,11 +1,11 @@
 """Run `hf-datavec study` on the PAD-UFES-20 networks of `bench/networks.py`, seed by seed, and print one table of all.
 
     python bench/networks.py pad DATA --out NETWORKS
-    python bench/evidence.py DATA NETWORKS --out DIR [--rounds]
+    python bench/evidence.py DATA NETWORKS --out DIR [--rounds] [--federated]
 
 DATA is the folder of PAD-UFES-20. Each seed becomes a study of its own, since its patients were divided before; the
 studies, their results and their pages stay in DIR, and what is finished is not computed again. With `--rounds` also
-FedAvg over four rounds and a relay over three, at the same epochs in all.
+two rounds of merging, and with `--federated` FedAvg over four, at the same epochs in all.
 """
 
 from __future__ import annotations
@@ -34,16 +34,14 @@ budgets: [epochs]
 curve: [0.5]
 federated: {federated}
 relay: {relay}
-heads: {{steps: 60, merge: {{method: sum, scale: 0.5}}, restore: statistics}}
+heads: {{steps: 60, rounds: {heads}, merge: {{method: sum, scale: 0.5}}, restore: statistics}}
 output: ./results-{seed}
 """
-ROUNDS = {
-    "federated": "{rounds: 4}",
-    "relay": "{rounds: 3, merge: {method: sum, scale: 0.5}, restore: statistics}",
-}
+ONE = {"federated": "null", "relay": "null", "heads": "1"}
+TWO = {"federated": "null", "relay": "{rounds: 2, merge: {method: sum, scale: 0.5}, restore: statistics}", "heads": "2"}
 
 
-def write_study(data: Path, networks: Path, out: Path, seed: int, *, rounds: bool) -> Path:
+def write_study(data: Path, networks: Path, out: Path, seed: int, more: dict[str, str]) -> Path:
     """The study file of a seed, its images with who has them, and the vectors that are there already."""
     source = (networks / "pad" / f"seed-{seed}").absolute()
     images = out / f"data-{seed}"
@@ -54,7 +52,6 @@ def write_study(data: Path, networks: Path, out: Path, seed: int, *, rounds: boo
         place = vectors / ("pooled-epochs" if name == "all-sites" else name)
         if not place.exists():
             shutil.copytree(source / "vectors" / name, place)
-    more = ROUNDS if rounds else dict.fromkeys(ROUNDS, "null")
     path = out / f"study-{seed}.yaml"
     imagenet = (networks / "imagenet").absolute()
     path.write_text(STUDY.format(seed=seed, imagenet=imagenet, public=source / "images" / "public", **more), "utf-8")
@@ -117,12 +114,14 @@ def main() -> None:
     parser.add_argument("networks", type=Path, help="what bench/networks.py has made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", action="store_true", help="FedAvg and a relay, too; half an hour a seed")
+    parser.add_argument("--rounds", action="store_true", help="two rounds, too; ten minutes a seed")
+    parser.add_argument("--federated", action="store_true", help="FedAvg over four rounds, too; ten minutes a seed")
     chosen = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     chosen.out.mkdir(parents=True, exist_ok=True)
     for seed in chosen.seeds:
-        path = write_study(chosen.data, chosen.networks, chosen.out, seed, rounds=chosen.rounds)
+        more = {**(TWO if chosen.rounds else ONE), **({"federated": "{rounds: 4}"} if chosen.federated else {})}
+        path = write_study(chosen.data, chosen.networks, chosen.out, seed, more)
         run(path, chosen.out, seed)
     print_table(chosen.out, chosen.seeds)
 

@@ -21,9 +21,6 @@ SLICE = 2**15
 # Values of all sites together that are combined at a time on a CPU: what stays near a core, and enough for an operation
 # to take longer than two threads need to hand the interpreter to each other.
 TOGETHER = 2**19
-# Coordinates that are computed in one go and handed over together: some milliseconds of work, so that waking threads
-# costs nothing, and few enough that memory is used again and again.
-PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
-from hf_datavec.combine import PIECE, Sites, needs_whole, ready, slice_length
+from hf_datavec.combine import Sites, needs_whole, ready, slice_length
 from hf_datavec.errors import InputError
 from hf_datavec.geometry import Gram, products
 from hf_datavec.plan import Plan, Step
 from hf_datavec.survey import Survey
 from hf_datavec.tensors import TORCH_NAMES, in_file_order
-from hf_datavec.threads import Task, in_order
+from hf_datavec.threads import PIECE, Task, in_order
 from hf_datavec.vector import Combination, refuse_nonfinite, rows_by_label
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ from hf_datavec.vector import TunedDifferences
 if TYPE_CHECKING:
     import torch
 
+    from hf_datavec.vector import Parts
+
 # The usual chance of failure for some hundreds to thousands of images.
 DELTA = 1e-5
 # Assumed of every image: the root mean square over its channels' means and mean squares, in the base's units. Of 64
@@ -46,6 +48,10 @@ class NoisedDifferences:
     def read(self, name: str) -> torch.Tensor:
         """The float32 difference of a tensor."""
         return self.statistics[name] if name in self.statistics else self.exact.read(name)
+
+    def parts(self, name: str) -> Parts:
+        """What reads some values of the flattened difference of a weight."""
+        return self.exact.parts(name)
 
 
 def noised(

@@ -10,14 +10,14 @@ from typing import Any
 from hf_datavec import lineage
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
-from hf_datavec.combine import PIECE, needs_whole, slice_length
+from hf_datavec.combine import needs_whole, slice_length
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.hub import Fetched
 from hf_datavec.methods import FROM_SITES, Method, all_methods, applied, as_matrix
 from hf_datavec.recipe import LockedInput, Merge, Recipe
 from hf_datavec.tensors import TORCH_NAMES, Record
-from hf_datavec.threads import MOST_BYTES
+from hf_datavec.threads import MOST_BYTES, PIECE
 from hf_datavec.vector import Combination, TaskVector, TunedDifferences, check_against, tool_versions
 
 # Below this many images the moments of a channel are mostly chance.

@@ -17,6 +17,9 @@ from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
 
+# Coordinates that are computed in one go and handed over together: some milliseconds of work, so that waking threads
+# costs nothing, and few enough that memory is used again and again.
+PIECE = 2**20
 # What tasks that run or wait to be handed over may hold together; a task that takes more runs alone. Some pieces for
 # each of a few threads, and small beside the libraries themselves.
 MOST_BYTES = 128 * 2**20

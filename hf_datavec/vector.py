@@ -18,7 +18,7 @@ from hf_datavec.hub import Fetched
 from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, StatisticsNoise, TensorEntry
 from hf_datavec.second_moments import Kind, SecondMoments, open_beside
 from hf_datavec.tensors import Record, StoredTensors, combined_digest, in_file_order, open_file, write_file
-from hf_datavec.threads import Task, in_order
+from hf_datavec.threads import PIECE, Task, in_order
 from hf_datavec.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class Differences(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def parts(self, name: str) -> Parts: ...
+
 
 def write(
     folder: Path,
@@ -187,23 +189,39 @@ def write(
         lineage=lineage.read(base.folder) or None,
         tools=tool_versions(),
     )
-    return write_described(folder, draft, differences.read)
+    return write_described(folder, draft, differences.read, parts=differences.parts)
 
 
-def write_described(folder: Path, draft: Manifest, read: Callable[[str], torch.Tensor]) -> Manifest:
-    """Write the stored tensors that a manifest lists, and the manifest with their digest and norm."""
+def write_described(
+    folder: Path, draft: Manifest, read: Callable[[str], torch.Tensor], *, parts: Callable[[str], Parts] | None = None
+) -> Manifest:
+    """Write the stored tensors that a manifest lists, and the manifest with their digest and norm.
+
+    With `parts` weights are read piece by piece, and only heads and statistics as a whole.
+    """
     stored = draft.stored
     layout = [Record(name, VECTOR_DTYPE, entry.shape, folder, 0) for name, entry in stored.items()]
     squares: list[float] = []
 
-    def measured(name: str) -> tuple[str, torch.Tensor, float]:
-        difference = read(name)
+    def measured(name: str, where: slice | None = None) -> tuple[str, torch.Tensor, float]:
+        difference = read(name) if where is None or parts is None else parts(name)(where)
+        if where is not None and not math.isfinite(float(difference.sum())):
+            read(name)  # tells which values are not finite
         return name, difference, _square(difference) if stored[name].role is Role.WEIGHT else 0.0
 
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+    def tasks() -> Iterator[Task[tuple[str, torch.Tensor, float]]]:
         # All differences have one type, so the order of the file is the order of the names.
-        tasks = (Task(partial(measured, record.name), record.nbytes) for record in in_file_order(layout))
-        for name, difference, square in in_order(tasks):
+        for record in in_file_order(layout):
+            values = math.prod(record.shape)
+            if parts is None or stored[record.name].role is not Role.WEIGHT:
+                yield Task(partial(measured, record.name), record.nbytes)
+                continue
+            for start in range(0, max(1, values), PIECE):
+                where = slice(start, min(start + PIECE, values))
+                yield Task(partial(measured, record.name, where), 3 * record.nbytes * PIECE // max(PIECE, values))
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, difference, square in in_order(tasks()):
             squares.append(square)
             yield name, difference
 

@@ -278,7 +278,7 @@ def write_study(folder: Path, **changed: object) -> None:
         "curve": [0.0, 1.0],
         "federated": {"rounds": 2},
         "relay": {"rounds": 2},
-        "heads": {"steps": 20},
+        "heads": {"steps": 20, "rounds": 2},
         "output": "./results",
         **changed,
     }
@@ -296,6 +296,7 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
         "output ensemble of the sites", "all data pooled, equal epochs", "all data pooled, equal steps",
         "sum x 0.5, none", "ties x 1, relative", "random vectors, statistics", "FedAvg, 2 rounds, moments",
         "sum x 0.5, 2 rounds, statistics", "sum x 0.5, then heads, statistics", "heads alone, averaged",
+        "sum x 0.5, 2 rounds, then heads, statistics",
     ):  # fmt: skip
         assert name in names
         assert f"| {name} |" in first.out
@@ -381,6 +382,10 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
     for name in moved:
         mean = (vectors[0][name].double() + vectors[1][name].double()) / 2
         assert torch.allclose(second[name].double(), first[name].double() + mean, atol=1e-6)
+    # After two rounds of merging likewise.
+    relayed = folder / "rounds" / "sum_x_0.5-statistics-2"
+    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "heads"))
+    assert {name for name in merged if not torch.equal(merged[name], headed[name])} == moved
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

@@ -37,9 +37,12 @@ def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
     return found
 
 
-def with_heads(seed: Seed, steps: int, merge: Combining, mode: str) -> Path:
-    """The fused model after a second round in which every site fitted the head alone, and heads were averaged."""
+def with_heads(seed: Seed, steps: int, merge: Combining, mode: str, rounds: int = 1) -> Path:
+    """The fused model after a last round in which every site fitted the head alone, and heads were averaged."""
     name = f"{slug(merge.name)}-{mode}-heads"
+    if rounds > 1:
+        fused = relay(seed, rounds, merge, mode)[-1]
+        return _averaged_heads(seed, f"{name}-{rounds}", steps, fused, fused.with_name("heads"))
     first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
     if not first.exists():
         network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)

@@ -159,15 +159,16 @@ class Measuring:
             for count in range(2, chosen.rounds + 1):
                 row = Row(f"{chosen.merge.name}, {count} rounds", "relay", chosen.restore)
                 yield self.get(row, partial(self._relayed, count, chosen.merge, chosen.restore))
-
         if study.heads:
             again = study.heads
-            row = Row(f"{again.merge.name}, then heads", "relay", again.restore)
-            yield self.get(row, partial(self._with_heads, again))
+            for count in range(1, again.rounds + 1):
+                before = f", {count} rounds" if count > 1 else ""
+                row = Row(f"{again.merge.name}{before}, then heads", "relay", again.restore)
+                yield self.get(row, partial(self._with_heads, again, count))
             yield self.get(Row("heads alone, averaged", "control"), partial(self._heads_alone, again.steps))
 
-    def _with_heads(self, heads: Heads) -> Floats:
-        return self._loaded(with_heads(self.seed, heads.steps, heads.merge, heads.restore))
+    def _with_heads(self, heads: Heads, rounds: int) -> Floats:
+        return self._loaded(with_heads(self.seed, heads.steps, heads.merge, heads.restore, rounds))
 
     def _heads_alone(self, steps: int) -> Floats:
         return self._loaded(heads_alone(self.seed, steps))

@@ -102,7 +102,10 @@ class Relay(Section):
 
 
 class Heads(Section):
-    """A second round that costs a site seconds: everyone fits a head to the fused network, and heads are averaged."""
+    """A last round that costs a site seconds: everyone fits a head to the fused network, and heads are averaged."""
+
+    # Up to how many rounds of merging come before it, which share the epochs out; each number has a row.
+    rounds: Annotated[int, Field(ge=1)] = 1
 
     # A head that is fitted to the end fits its site; the mean of heads was better after some tens (docs/evidence.md).
     steps: Count = 60
