@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -118,12 +118,10 @@ def measure(values: torch.Tensor) -> Images:
     middle = rows[0].mean(0)
     length = rows.shape[1]
     if length * channels <= BLOCK:
-        blocks = rows.split(max(1, BLOCK // max(1, length * channels)))
-        found = [_sums(block, middle) for block in blocks]
-        totals, squares = (torch.cat(part) for part in zip(*found, strict=True))
+        found = list(_sums(rows.split(max(1, BLOCK // max(1, length * channels))), middle))
     else:
-        parts = [_whole_sums(image[None].split(BLOCK // channels + 1, dim=1), middle) for image in rows]
-        totals, squares = (torch.cat(part) for part in zip(*parts, strict=True))
+        found = [_whole_sums(image[None].split(BLOCK // channels + 1, dim=1), middle) for image in rows]
+    totals, squares = (torch.cat(part) for part in zip(*found, strict=True))
     shift = totals / length
     variances = (squares / length - shift**2).clamp(min=0)
     return Images(torch.full_like(shift[:, :1], length), middle + shift, variances)
@@ -131,18 +129,19 @@ def measure(values: torch.Tensor) -> Images:
 
 def _whole_sums(blocks: Sequence[torch.Tensor], middle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums over the rows of all blocks of an image."""
-    total, squares = _sums(blocks[0], middle)
-    for block in blocks[1:]:
-        more, square = _sums(block, middle)
-        total, squares = total + more, squares + square
-    return total, squares
+    totals, squares = zip(*_sums(blocks, middle), strict=True)
+    return sum(totals[1:], totals[0]), sum(squares[1:], squares[0])
 
 
-def _sums(block: torch.Tensor, middle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums over the rows of (n, rows, channels) of the offsets from `middle`, and of their squares."""
-    offset = block - middle
-    total = offset.sum(1)
-    return total.double(), offset.square_().sum(1).double()
+def _sums(blocks: Sequence[torch.Tensor], middle: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Block by block, (n, rows, channels): the sums over rows of the offsets from `middle`, and of their squares."""
+    import torch
+
+    room = torch.empty_like(blocks[0])  # used again and again, so that it stays in the cache
+    for block in blocks:
+        offset = torch.sub(block, middle, out=room[: block.shape[0], : block.shape[1]])
+        total = offset.sum(1)
+        yield total.double(), offset.square_().sum(1).double()
 
 
 def summed(parts: Sequence[Images]) -> Measured:
