@@ -80,12 +80,13 @@ def run(path: Path, out: Path, seed: int) -> None:
     """Do the study. Its folder is told what the vectors that were put there belong to."""
     from hf_datavec.study import load
     from hf_datavec.study.pictures import open_table
-    from hf_datavec.study.run import STUDY_FILE, run, write_note
+    from hf_datavec.study.run import STUDY_FILE, open_elsewhere, run, write_note
 
     folder = out / f"results-{seed}"
     if not (folder / STUDY_FILE).exists():
         study = load(path)
-        write_note(study, open_table(study.data, out.absolute()), folder)
+        here = out.absolute()
+        write_note(study, open_table(study.data, here), open_elsewhere(study, here), folder)
     run(path, device="cpu")
 
 

@@ -6,14 +6,13 @@ docs/choosing.md has the measurements behind the two numbers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hf_datavec import variants
+from hf_datavec import cosines, variants
 from hf_datavec.checkpoint import Role
-from hf_datavec.geometry import Geometry, Gram, products
+from hf_datavec.geometry import Geometry
 from hf_datavec.plan import Plan
-from hf_datavec.progress import progress
-from hf_datavec.vector import refuse_nonfinite
+from hf_datavec.survey import clip_factors
 
 # A sum of n vectors is sqrt(n (1 + (n - 1) c)) times as long as one of them (c: their mean cosine). Scaled to a site's
 # own length times this factor it did best on PAD-UFES-20 and second best, within 1 point, on the digits.
@@ -37,8 +36,8 @@ def choose(geometry: Geometry, method: str) -> Automatic:
     norms, count = geometry.norms, len(geometry.norms)
     if count < 2:
         return Automatic("sum", 1.0, "A single vector is added as it is.")
-    cosines = [geometry.cosines[row][column] for row in range(count) for column in range(row)]
-    mean = math.fsum(cosines) / len(cosines)
+    pairs = [geometry.cosines[row][column] for row in range(count) for column in range(row)]
+    mean = math.fsum(pairs) / len(pairs)
     if method == "auto" and mean < APART:
         text = f"The vectors' mean cosine is {mean:.3f}, below {APART:g}, so `auto` chose `iso_c`, scale 1."
         return Automatic("iso_c", 1.0, text)
@@ -57,23 +56,24 @@ def choose(geometry: Geometry, method: str) -> Automatic:
 
 def resolve(plan: Plan) -> tuple[Plan, str]:
     """The plan with method and scale in place of `auto`, and the sentence that says why; reads the vectors once."""
+    return applied(plan, decide(plan))
+
+
+def decide(plan: Plan) -> Automatic | None:
+    """What `auto` chooses for a plan, if it asks for that. Raises: InputError for NaN or infinite values."""
     merge = plan.recipe.merge
     if not merge.automatic:
+        return None
+    vectors = [(one.name, one.source.parts) for one in plan.contributions]
+    lengths = {name: math.prod(plan.base.records[name].shape) for name in plan.base.named(Role.WEIGHT)}
+    found = cosines.measured(vectors, lengths, text="auto")
+    clipped = zip(found.norms, clip_factors(found.norms, merge.clip), strict=True)
+    return choose(replace(found, norms=tuple(norm * factor for norm, factor in clipped)), merge.method)
+
+
+def applied(plan: Plan, chosen: Automatic | None) -> tuple[Plan, str]:
+    """The plan with what was chosen, and the sentence that says why."""
+    if chosen is None:
         return plan, ""
-    found = choose(measured(plan), merge.method)
-    return variants.with_merge(
-        plan, merge.model_copy(update={"method": found.method, "scale": found.scale})
-    ), found.text
-
-
-def measured(plan: Plan) -> Geometry:
-    """Norms and cosines of the plan's vectors. Raises: InputError for NaN or infinite values."""
-    import torch
-
-    gram, names = Gram(), plan.base.named(Role.WEIGHT)
-    for name in progress(names, text="auto", total=len(names), unit="tensor"):
-        rows = [one.source.read(name).reshape(-1) for one in plan.contributions]
-        for one, row in zip(plan.contributions, rows, strict=True):
-            refuse_nonfinite(row, name, one.name)
-        gram.include(products(torch.stack(rows)))
-    return gram.geometry()
+    update = {"method": chosen.method, "scale": chosen.scale}
+    return variants.with_merge(plan, plan.recipe.merge.model_copy(update=update)), chosen.text

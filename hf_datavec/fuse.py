@@ -99,8 +99,10 @@ def _kept(plan: Plan, step: Step) -> Piece:
 
     tensor = plan.base.tensors.read(step.name)
     if step.role is not Role.CONSTANT:
-        tensor = tensor.to(getattr(torch, TORCH_NAMES[step.record.dtype]))
-        _refuse_overflow(step, tensor, lambda: float(plan.base.tensors.read(step.name).abs().max()))
+        stored, tensor = tensor, tensor.to(getattr(torch, TORCH_NAMES[step.record.dtype]))
+        if not math.isfinite(float(tensor.sum())):
+            refuse_nonfinite(stored, step.name, str(plan.base.folder))
+        _refuse_overflow(step, tensor, lambda: float(stored.abs().max()))
     return step.name, tensor.reshape(-1), None
 
 
@@ -135,7 +137,7 @@ class _Combining:
         done = 0
         for vectors, base, combined in self._slices(where):
             here = result[done : done + base.shape[0]]
-            # float32 plus float64 is float64, without a copy of either in between
+            # float32 plus float64 is float64; only the result is rounded
             torch.add(base, combined, alpha=self.step.scale, out=here)
             done += base.shape[0]
             if measured:
@@ -149,8 +151,9 @@ class _Combining:
 
     def _largest(self, where: range) -> float:
         """The largest magnitude of the fused values before they are cast."""
-        found = (base.double() + self.step.scale * combined for _, base, combined in self._slices(where))
-        return max(float(fused.abs().max()) for fused in found)
+        found = [base.double() + self.step.scale * combined for _, base, combined in self._slices(where)]
+        largest = [float(fused.abs().max()) for fused in found]
+        return next(filter(math.isnan, largest), max(largest))
 
     def _slices(self, where: range) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Slice by slice the sites' vectors (n, d), the base's values (d,) and the combination (d,) in float64.

@@ -7,18 +7,18 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_datavec.geometry import Geometry
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import FreeTypeFont
 
 # All lengths are pixels. Cells shrink when there are more rows than fit, so that a picture's memory is bounded.
 CELL, LARGEST, MARGIN, BAR = 96, 600, 14, 22
 TEXT, TITLE = 17, 20
+LONGEST = 40  # letters of a name
 # Below this size nobody reads what is written in a cell or beside it.
 READABLE = 7
 DEGREES = 35
@@ -32,7 +32,7 @@ def plot_cosines(names: Sequence[str], geometry: Geometry, path: Path) -> None:
 
     side = min(CELL, LARGEST / max(1, len(names)))
     size = round(min(TEXT, 0.7 * side))
-    labels = [_label(name, size) for name in names] if size >= READABLE else []
+    labels = [_label(_short(name), size) for name in names] if size >= READABLE else []
     turned = [label.rotate(DEGREES, expand=True, resample=Image.Resampling.BICUBIC) for label in labels]
     left = MARGIN + max((label.width for label in labels), default=0) + MARGIN
     # What stands below a cell ends there and begins to the left of it.
@@ -43,8 +43,9 @@ def plot_cosines(names: Sequence[str], geometry: Geometry, path: Path) -> None:
     right = left + extent + 2 * MARGIN + BAR + MARGIN + scale + MARGIN
     picture = Image.new("RGB", (max(right, 300), max(bottom, top + CELL)), "white")
     draw = ImageDraw.Draw(picture)
+    picture.paste(_colours(geometry).resize((extent, extent), Image.Resampling.NEAREST), (left, top))
     draw.text((left, MARGIN), "Cosine between task vectors", fill="black", font=_font(TITLE))
-    _cells(draw, geometry, (left, top), side)
+    _numbers(draw, geometry, (left, top), side)
     for place, (label, below) in enumerate(zip(labels, turned, strict=True)):
         middle = (place + 0.5) * side
         beside = (left - label.width - MARGIN // 2, round(top + middle - label.height / 2))
@@ -54,15 +55,22 @@ def plot_cosines(names: Sequence[str], geometry: Geometry, path: Path) -> None:
     picture.save(path)
 
 
-def _cells(draw: ImageDraw, geometry: Geometry, corner: tuple[int, int], side: float) -> None:
+def _colours(geometry: Geometry) -> Image:
+    """A pixel for each cosine."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (len(geometry.cosines),) * 2)
+    picture.putdata([_shade(value) for row in geometry.cosines for value in row])
+    return picture
+
+
+def _numbers(draw: ImageDraw, geometry: Geometry, corner: tuple[int, int], side: float) -> None:
     size = round(min(TEXT, 0.28 * side))
     for row, values in enumerate(geometry.cosines):
         for column, value in enumerate(values):
-            start = (corner[0] + column * side, corner[1] + row * side)
-            draw.rectangle((*map(round, start), round(start[0] + side) - 1, round(start[1] + side) - 1), _shade(value))
             if size >= READABLE:
                 ink = "white" if abs(value) > 0.6 else "black"
-                middle = (start[0] + side / 2, start[1] + side / 2)
+                middle = (corner[0] + (column + 0.5) * side, corner[1] + (row + 0.5) * side)
                 draw.text(middle, f"{value:.2f}", fill=ink, font=_font(size), anchor="mm")
 
 
@@ -84,6 +92,10 @@ def _shade(value: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
 def _label(text: str, size: int) -> Image:
     """Where the ink of a text goes; no larger than the text."""
     from PIL import Image, ImageDraw
@@ -95,11 +107,11 @@ def _label(text: str, size: int) -> Image:
 
 
 @cache
-def _font(size: int) -> FreeTypeFont:
+def _font(size: int) -> Any:
     """The letters of matplotlib's plots, which know Latin, Greek and Cyrillic names."""
     from PIL import ImageFont
 
     found = find_spec("matplotlib")
-    assert found is not None
-    assert found.origin is not None
-    return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+    letters = Path((found and found.origin) or "").parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    # Some distributions keep fonts elsewhere; Pillow's own letters are Latin.
+    return ImageFont.truetype(str(letters), size) if letters.is_file() else ImageFont.load_default(size)

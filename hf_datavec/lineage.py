@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from hf_datavec.errors import InputError
 
@@ -40,7 +40,7 @@ def read(folder: Path) -> tuple[Round, ...]:
         return ()
     try:
         return ROUNDS.validate_json(path.read_text("utf-8"), strict=False)
-    except (ValidationError, ValueError):
+    except ValueError:
         raise InputError(f"'{path}' is damaged", hint="copy the fused model again") from None
 
 

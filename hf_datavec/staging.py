@@ -85,6 +85,8 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # where quotas and file servers say no
+        raise RunError(f"cannot write '{path}': {error.strerror}") from None
     finally:
         os.close(handle)
 
@@ -93,7 +95,7 @@ def _sync(path: Path) -> None:
 def flushing() -> Iterator[Callable[[Path], None]]:
     """Yield what brings a file to the disk beside other work, so that the last flush has little left to do.
 
-    Raises: OSError of the disk at the end of the block.
+    Raises: RunError of the disk at the end of the block.
     """
     with ThreadPoolExecutor(1, "flush") as pool:
         asked: list[Future[None]] = []

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]
 Result = TypeVar("Result")
-# Memory that measuring one vector takes: a sample of it, and counts of bit patterns.
-MEASURING = 32 * 2**20
+# Memory that measuring one vector takes: a sample of it twice, values around a guess, and counts of bit patterns.
+MEASURING = 48 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import sys
@@ -11,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from threading import Thread
 from typing import Generic, TypeVar
 
@@ -44,22 +42,35 @@ def import_ahead(*modules: str) -> None:
     """Import large libraries beside other work, such as reading files, that does not need them yet."""
 
     def load() -> None:
-        # Hardly anything that an import makes is garbage, and looking for some is a fifth of its time.
-        gc.disable()
-        try:
+        # Who needs the module meets its error, too, and tells it.
+        with _without_collection(), contextlib.suppress(ImportError):
             for module in modules:
                 importlib.import_module(module)
-        finally:
-            gc.enable()
 
-    sys.setswitchinterval(SWITCH_SECONDS)
     Thread(target=load, name="imports").start()
 
 
-@cache
-def _keep_freed_memory() -> None:
-    """Tell glibc not to hand freed memory back at once; other C libraries are left as they are."""
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    # Hardly anything that an import makes is garbage, and looking for some is a fifth of its time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def tune_process() -> None:
+    """Make a process that merges faster; for programs, since it changes all of the process.
+
+    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory; other C libraries do as they do.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(AttributeError, OSError):
+        import ctypes
+
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in KEPT_BYTES.items():
             mallopt(option, value)
@@ -72,7 +83,6 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None) -> It
     """
     import torch
 
-    _keep_freed_memory()
     before = torch.get_num_threads()
     count = threads or before
     pool = ThreadPoolExecutor(count, "tensors", torch.set_num_threads, (1,))

@@ -51,6 +51,12 @@ class TaskVector:
         """What reads some values of the flattened difference."""
         return self.read(name).reshape(-1).__getitem__
 
+    @property
+    def weights(self) -> dict[str, int]:
+        """How many values each tensor has that is neither of a head nor a statistic."""
+        stored = self.manifest.stored.items()
+        return {name: math.prod(entry.shape) for name, entry in stored if entry.role is Role.WEIGHT}
+
     def verify(self) -> None:
         """Compare the stored bytes with the manifest. Raises: InputError when they differ."""
         found = self.tensors.digest

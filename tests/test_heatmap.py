@@ -39,8 +39,18 @@ def test_a_picture_of_many_sites_is_no_larger_than_one_of_some(tmp_path):
     assert covered(many, SHADES[-1]) > LARGEST * LARGEST / 120 * 0.5  # the diagonal can still be seen
 
 
+def test_more_sites_than_pixels_can_be_drawn(tmp_path):
+    picture = drawn(tmp_path / "a.png", alike(700))
+    assert picture.width < 1000
+    assert picture.height < 1000
+
+
 def test_names_of_any_length_are_inside_the_picture(tmp_path):
-    names = ["a hospital with a very long name that nobody would want to type twice", "B", "Charité, Łódź, Αθήνα"]
+    names = [
+        "a hospital with a very long name, which nobody would want to type twice. " * 30,
+        "B",
+        "Charité, Łódź, Αθήνα",
+    ]
     picture = drawn(tmp_path / "a.png", alike(3), names)
     edges = [picture.crop(box) for box in (
         (0, 0, 3, picture.height), (0, picture.height - 3, picture.width, picture.height),

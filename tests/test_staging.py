@@ -205,5 +205,5 @@ def test_an_error_of_the_disk_in_the_background_is_not_lost(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", broken)
     (tmp_path / "file").write_text("content")
-    with pytest.raises(OSError, match="Input/output error"), flushing() as flush:
+    with pytest.raises(RunError, match="file': Input/output error"), flushing() as flush:
         flush(tmp_path / "file")

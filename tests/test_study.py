@@ -374,9 +374,9 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-0"
     first, second = (
-        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-heads/round-*"))
+        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-heads-20/round-*"))
     )
-    vectors = [load_file(path) for path in sorted(folder.glob("vectors/*-heads/round-2/*/vector.safetensors"))]
+    vectors = [load_file(path) for path in sorted(folder.glob("vectors/*-heads-20/round-2/*/vector.safetensors"))]
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
     for name in moved:
@@ -384,7 +384,7 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
         assert torch.allclose(second[name].double(), first[name].double() + mean, atol=1e-6)
     # After two rounds of merging likewise.
     relayed = folder / "rounds" / "sum_x_0.5-statistics-2"
-    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "heads"))
+    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "heads-20"))
     assert {name for name in merged if not torch.equal(merged[name], headed[name])} == moved
 
 

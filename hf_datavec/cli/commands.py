@@ -69,7 +69,9 @@ def diff(options: Namespace) -> None:
     from hf_datavec.errors import InputError
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
+    from hf_datavec.threads import tune_process
 
+    tune_process()
     if bool(options.second_moments) != bool(options.images):
         raise InputError("--with and --images belong together", hint="for example --with fisher,gram --images ./ours")
     observed = None
@@ -143,7 +145,9 @@ def plan(options: Namespace) -> None:
 def merge(options: Namespace) -> None:
     from hf_datavec.cli.shown import evaluation_table, search_table
     from hf_datavec.pipeline import coordinator
+    from hf_datavec.threads import tune_process
 
+    tune_process()
     result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
     output = _near(result.output)
     if options.json:

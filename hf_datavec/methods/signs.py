@@ -28,26 +28,40 @@ def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tenso
 
     factors = weights.tolist()
     total = weighted_sum(vectors, factors)
+    if any(factor != 1 for factor in factors):
+        return _agreeing_weighted(vectors, factors, total.sign(), normalize=normalize)
     # What agrees and what does not make up the sum of magnitudes, and differ by the size of the votes' sum; so it is
-    # with their weights. Counts of sites are exact in any type, and short ones are faster to add.
-    counts = vectors.dtype if all(factor == 1 for factor in factors) else torch.float64
-    sizes, present, balance = torch.zeros_like(total), *torch.zeros(2, *total.shape, dtype=counts, device=total.device)
-    for vector, factor in zip(vectors, factors, strict=True):
-        sizes.add_(vector.abs(), alpha=abs(factor))
+    # with the numbers of sites, which are exact in any type, and short ones are faster to add.
+    sizes, present, balance = torch.zeros_like(total), *torch.zeros(2, *total.shape, device=total.device)
+    for vector in vectors:
+        sizes.add_(vector.abs())
         if normalize:
             sign = vector.sign()
-            balance.add_(sign, alpha=abs(factor))
-            present.add_(sign.abs_(), alpha=factor)
+            balance.add_(sign)
+            present.add_(sign.abs_())
     # Half of both is left out where it stands above and below the line.
     elected = total.sign()
     agreed = sizes.add_(total.abs_()).mul_(elected)
     if not normalize:
         return agreed.div_(2)
     divisor = torch.addcmul(present.double(), elected, balance.double())
-    if min(factors) <= 0:  # the weights of those who agree may add up to nothing
-        return agreed.div_(divisor).masked_fill_(divisor == 0, 0.0)
-    # Zero is divided by one more than nothing; any other divisor stays as it is.
+    # Where no sign is elected, zero is divided by one more than nothing; any other divisor stays as it is.
     return agreed.div_(divisor.sub_(elected.abs_().sub_(1)))
+
+
+def _agreeing_weighted(vectors: "Tensor", factors: list[float], elected: "Tensor", *, normalize: bool) -> "Tensor":
+    """The same for any weights, which differences of sums would lose when they are unlike or cancel."""
+    import torch
+
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for vector, factor in zip(vectors, factors, strict=True):
+        # The sign of w_j tau_j, so that a negative weight votes for the other side.
+        vote = vector.double() * factor
+        # One where the signs agree, else zero: by products of signs, several times faster than by masks.
+        same = vote.sign().mul_(elected).clamp_(min=0)
+        total.addcmul_(vote, same)
+        divisor.add_(same, alpha=factor)
+    return total.div_(divisor).masked_fill_(divisor == 0, 0.0) if normalize else total
 
 
 def trimmed(vectors: "Tensor", thresholds: "Tensor") -> "Tensor":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from hf_datavec.methods import Between, method
+from hf_datavec.methods.linear import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +34,6 @@ def _orthogonal(columns: "Tensor") -> "Tensor":
     """The nearest matrix with orthogonal columns (Procrustes); within the span, when columns depend on each other."""
     left, _, right = _decomposed(columns)
     return left @ right
-
-
-def _summed(vectors: "Tensor") -> "Tensor":
-    total = vectors[0].double()
-    for vector in vectors[1:]:
-        total = total + vector
-    return total
 
 
 def _joined(parts: "Sequence[tuple[Tensor, Tensor, Tensor]]") -> "tuple[Tensor, Tensor, Tensor]":
@@ -82,7 +76,7 @@ def tsv(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 )
 def iso_c(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The sum with all its directions made equally strong."""
-    left, values, right = _decomposed(_summed(vectors))
+    left, values, right = _decomposed(weighted_sum(vectors, [1.0] * len(vectors)))
     # The mean over all directions of the matrix, those of no length included, as in the paper.
     return (left @ right) * (values.sum() / min(vectors.shape[1:]))
 
@@ -100,7 +94,7 @@ def iso_cts(vectors: "Tensor", weights: "Tensor", *, common: Annotated[float, Be
     """The sum's main directions and each vector's own beside them, all made equally strong."""
     count, most = len(vectors), min(vectors.shape[1:])
     each = round((most - int(common * most)) / count)
-    left, values, right = _decomposed(_summed(vectors))
+    left, values, right = _decomposed(weighted_sum(vectors, [1.0] * len(vectors)))
     shared = max(0, most - each * count)
     left, values, right = left[:, :shared], values[:shared], right[:shared]
     parts = [(left, values, right)]
@@ -128,7 +122,7 @@ def wudi(
     """The vector that interferes least with each site's inputs, which its own vector stands for."""
     import torch
 
-    found = _summed(vectors)
+    found = weighted_sum(vectors, [1.0] * len(vectors))
     changed = [vector.double() for vector in vectors if bool(vector.any())]
     if len(changed) < 2:
         return found  # nothing interferes, and Adam would only blow up the rounding of a slope of zero

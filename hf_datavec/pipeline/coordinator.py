@@ -75,7 +75,9 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     images = processes.first_on_each_machine(lambda: _open_images(prepared))
     processes.together(lambda: _verify(prepared.plan))
     place = devices.choose(device)
-    resolved, why = processes.together(lambda: automatic.resolve(prepared.plan))
+    # One process decides, since a number on an edge may fall to either side on another machine.
+    decided = processes.on_main(lambda: automatic.decide(prepared.plan))
+    resolved, why = automatic.applied(prepared.plan, decided)
     prepared = replace(prepared, plan=resolved)
     if why:
         log.info("%s", why)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_datavec import cosines, heatmap, hub, models, processes
 from hf_datavec import evaluate as evaluation
-from hf_datavec import heatmap, hub, models, processes
-from hf_datavec.checkpoint import Role, open_checkpoint
-from hf_datavec.combine import SLICE
+from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
-from hf_datavec.geometry import Geometry, Gram, products
 from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet, open_images
 from hf_datavec.pipeline import device as devices
-from hf_datavec.progress import progress
 from hf_datavec.staging import refuse_existing
 from hf_datavec.vector import TaskVector, open_vector
 
@@ -69,31 +66,21 @@ def inspect(references: list[str], *, plot: Path | None = None, download: bool =
     if any(one.hollow for one in fetched):
         norms = tuple(vector.manifest.norm for _, vector in vectors)
         return Inspection(tuple(vectors), norms, None)
-    geometry = _geometry([vector for _, vector in vectors], names)
+    readers = [(str(vector.folder), vector.parts) for _, vector in vectors]
+    geometry = cosines.measured(readers, names, text="inspect")
     if plot is not None:
         heatmap.plot_cosines([one.reference.name for one in fetched], geometry, plot)
     return Inspection(tuple(vectors), geometry.norms, geometry.cosines)
 
 
-def _common_weights(vectors: list[tuple[Fetched, TaskVector]]) -> list[str]:
+def _common_weights(vectors: list[tuple[Fetched, TaskVector]]) -> dict[str, int]:
+    """The weights and their numbers of values, which all vectors must share."""
     first_fetched, first = vectors[0]
-    names = [name for name, entry in first.manifest.stored.items() if entry.role is Role.WEIGHT]
-    if not names:
+    if not first.weights:
         raise InputError(f"the vector {first_fetched.reference.shown} holds no weights")
     for one, vector in vectors[1:]:
         shapes = {name: entry.shape for name, entry in vector.manifest.stored.items()}
-        if any(shapes.get(name) != first.manifest.tensors[name].shape for name in names):
+        if any(shapes.get(name) != first.manifest.tensors[name].shape for name in first.weights):
             both = f"{first_fetched.reference.shown} and {one.reference.shown}"
             raise InputError(f"the vectors {both} belong to different networks")
-    return names
-
-
-def _geometry(vectors: list[TaskVector], names: list[str]) -> Geometry:
-    import torch
-
-    gram = Gram()
-    for name in progress(sorted(names), text="inspect", total=len(names), unit="tensor"):
-        rows = torch.stack([vector.read(name).reshape(-1) for vector in vectors])
-        for part in rows.split(SLICE, dim=1):
-            gram.include(products(part))
-    return gram.geometry()
+    return first.weights

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import recalibrate
-from hf_datavec.geometry import Geometry, Gram, products
+from hf_datavec import cosines, recalibrate
+from hf_datavec.geometry import Geometry
 from hf_datavec.recalibrate import Channels
 from hf_datavec.study.restoring import pictures
 from hf_datavec.study.rows import Measuring
@@ -104,15 +104,10 @@ def _drift(measuring: Measuring, merge: Combining, mode: str) -> list[float]:
     ]
 
 
-def cosines(measuring: Measuring) -> Geometry:
+def geometry(measuring: Measuring) -> Geometry:
     """Norms and cosines of the sites' vectors."""
-    import torch
-
-    vectors, gram = [open_vector(path) for path in measuring.vectors()], Gram()
-    weights = [name for name, entry in vectors[0].manifest.stored.items() if entry.role.value == "weight"]
-    for name in sorted(weights):
-        gram.include(products(torch.stack([one.read(name).reshape(-1) for one in vectors])))
-    return gram.geometry()
+    vectors = [open_vector(path) for path in measuring.vectors()]
+    return cosines.measured([(str(one.folder), one.parts) for one in vectors], vectors[0].weights, text="cosines")
 
 
 def as_dict(curves: Sequence[Curve]) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def write(seeds: Sequence[Seed], results: Results, folder: Path) -> None:
     depth = [Series(mode, range(1, len(values) + 1), values) for mode, values in drift.items()]
     label = "distance of stored means, in standard deviations"
     plot_lines(depth, folder / "drift.png", x="BatchNorm layer, from the image to the head", y=label)
-    plot_cosines(seeds[0].sites, curves.cosines(first), folder / "cosines.png")
+    plot_cosines(seeds[0].sites, curves.geometry(first), folder / "cosines.png")
     (folder / PAGE_FILE).write_text("\n".join(_page(results, folder)), "utf-8")
 
 

@@ -182,7 +182,7 @@ def _lines(found: Sequence[Mapping[Row, Floats]], seeds: Sequence[Seed]) -> Iter
 
 
 def _all_rows(found: Sequence[Mapping[Row, Floats]]) -> list[Row]:
-    """The rows of the first seed in their order; sites made by a column may differ between seeds in nothing."""
+    """The rows of the table, which are those of any seed, in their order."""
     return list(found[0])
 
 

@@ -39,10 +39,10 @@ def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
 
 def with_heads(seed: Seed, steps: int, merge: Combining, mode: str, rounds: int = 1) -> Path:
     """The fused model after a last round in which every site fitted the head alone, and heads were averaged."""
-    name = f"{slug(merge.name)}-{mode}-heads"
+    name = f"{slug(merge.name)}-{mode}-heads-{steps}"
     if rounds > 1:
         fused = relay(seed, rounds, merge, mode)[-1]
-        return _averaged_heads(seed, f"{name}-{rounds}", steps, fused, fused.with_name("heads"))
+        return _averaged_heads(seed, f"{name}-{rounds}", steps, fused, fused.with_name(f"heads-{steps}"))
     first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
     if not first.exists():
         network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
@@ -52,7 +52,8 @@ def with_heads(seed: Seed, steps: int, merge: Combining, mode: str, rounds: int 
 
 def heads_alone(seed: Seed, steps: int) -> Path:
     """The control: the base, which nobody trained, with the mean of the heads that the sites fitted to it."""
-    return _averaged_heads(seed, "heads-alone", steps, seed.place.base, seed.folder / "rounds" / "heads-alone")
+    name = f"heads-alone-{steps}"
+    return _averaged_heads(seed, name, steps, seed.place.base, seed.folder / "rounds" / name)
 
 
 def _averaged_heads(seed: Seed, name: str, steps: int, base: Path, place: Path) -> Path:

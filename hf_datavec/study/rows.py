@@ -61,9 +61,9 @@ class Measuring:
         yield from self._merges()
         yield from self._rounds()
 
-    def get(self, row: Row, compute: Callable[[], Floats]) -> tuple[Row, Floats]:
-        """A row with its probabilities, computed if they are not kept."""
-        return row, self.kept.probabilities(row.text, compute)
+    def get(self, row: Row, compute: Callable[[], Floats], *, key: str = "") -> tuple[Row, Floats]:
+        """A row with its probabilities, computed if they are not kept; `key` says what its name leaves out."""
+        return row, self.kept.probabilities(f"{row.text}, {key}" if key else row.text, compute)
 
     def predicted(self, network: models.Network) -> Floats:
         """A network's probabilities on the test images."""
@@ -128,9 +128,8 @@ class Measuring:
 
     def _pooled(self) -> Iterator[tuple[Row, Floats]]:
         seed = self.seed
-        sizes = [len(seed.images(site)) for site in seed.sites]
         # As many steps as the sites take on average.
-        shares = {"epochs": 1.0, "steps": sum(sizes) / len(sizes) / sum(sizes)}
+        shares = {"epochs": 1.0, "steps": 1 / len(seed.sites)}
         for budget in seed.place.study.budgets:
             name, share = f"{POOLED}-{budget}", shares[budget]
             yield self.get(
@@ -146,7 +145,8 @@ class Measuring:
         scale = next((merge.scale for merge in study.merges if not isinstance(merge.scale, str)), 1.0)
         control = Combining(method="random", scale=scale)
         for mode in study.restore:
-            yield self.get(Row("random vectors", "random", mode), partial(self.fused, control, mode))
+            row = Row("random vectors", "random", mode)
+            yield self.get(row, partial(self.fused, control, mode), key=control.name)
 
     def _rounds(self) -> Iterator[tuple[Row, Floats]]:
         study = self.seed.place.study
@@ -164,8 +164,9 @@ class Measuring:
             for count in range(1, again.rounds + 1):
                 before = f", {count} rounds" if count > 1 else ""
                 row = Row(f"{again.merge.name}{before}, then heads", "relay", again.restore)
-                yield self.get(row, partial(self._with_heads, again, count))
-            yield self.get(Row("heads alone, averaged", "control"), partial(self._heads_alone, again.steps))
+                yield self.get(row, partial(self._with_heads, again, count), key=f"{again.steps} steps")
+            row = Row("heads alone, averaged", "control")
+            yield self.get(row, partial(self._heads_alone, again.steps), key=f"{again.steps} steps")
 
     def _with_heads(self, heads: Heads, rounds: int) -> Floats:
         return self._loaded(with_heads(self.seed, heads.steps, heads.merge, heads.restore, rounds))

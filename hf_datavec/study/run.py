@@ -11,7 +11,7 @@ from typing import Any
 from hf_datavec import hub
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.errors import InputError
-from hf_datavec.images import open_images
+from hf_datavec.images import ImageSet, open_images
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import site
 from hf_datavec.samples import write_network
@@ -47,11 +47,9 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
     folder = _output(study, path, output)
     table = open_table(study.data, here)
     divisions = {number: divide(study, table, number) for number in study.seeds}  # mistakes show before any training
-    elsewhere = None
-    if study.public.images is not None:
-        elsewhere = open_images(hub.parse(study.public.images, relative_to=here), split=study.public.split)
+    elsewhere = open_elsewhere(study, here)
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_other(study, table, folder)
+    _refuse_other(study, table, elsewhere, folder)
     _write_base(study, table, here, folder)
     place = Workplace(study, folder, table, elsewhere, devices.choose(device))
     seeds = [Seed(place, number, division) for number, division in divisions.items()]
@@ -63,6 +61,13 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
     return Outcome(folder, results)
 
 
+def open_elsewhere(study: Study, here: Path) -> ImageSet | None:
+    """The public images of a study, where they are a data set of their own."""
+    if study.public.images is None:
+        return None
+    return open_images(hub.parse(study.public.images, relative_to=here), split=study.public.split)
+
+
 def _output(study: Study, path: Path, output: Path | None) -> Path:
     if output is not None:
         return output.expanduser().absolute()
@@ -71,14 +76,14 @@ def _output(study: Study, path: Path, output: Path | None) -> Path:
     return (path.absolute().parent / Path(study.output).expanduser()).resolve()
 
 
-def _refuse_other(study: Study, table: Table, folder: Path) -> None:
+def _refuse_other(study: Study, table: Table, elsewhere: ImageSet | None, folder: Path) -> None:
     """Raise InputError when the folder holds something else; note down what it will hold otherwise."""
-    described = _described(study, table)
+    described = _described(study, table, elsewhere)
     note = folder / STUDY_FILE
     if not note.exists():
         if any(folder.iterdir()):
             raise InputError(f"output '{folder}' is not empty", hint="choose another folder with -o")
-        write_note(study, table, folder)
+        write_note(study, table, elsewhere, folder)
         return
     before = json.loads(note.read_text("utf-8"))
     changed = [key for key in described if before.get(key) != described[key]]
@@ -89,13 +94,15 @@ def _refuse_other(study: Study, table: Table, folder: Path) -> None:
         )
 
 
-def _described(study: Study, table: Table) -> dict[str, Any]:
-    return {key: study.model_dump(mode="json")[key] for key in FIXED} | {"images": table.images.digest}
+def _described(study: Study, table: Table, elsewhere: ImageSet | None) -> dict[str, Any]:
+    fixed = {key: study.model_dump(mode="json")[key] for key in FIXED}
+    return fixed | {"images": table.images.digest, "public images": elsewhere and elsewhere.digest}
 
 
-def write_note(study: Study, table: Table, folder: Path) -> None:
+def write_note(study: Study, table: Table, elsewhere: ImageSet | None, folder: Path) -> None:
     """Note down which study a folder holds, so that what is kept there is used for no other."""
-    (folder / STUDY_FILE).write_text(json.dumps(_described(study, table), indent=2) + "\n", "utf-8")
+    text = json.dumps(_described(study, table, elsewhere), indent=2)
+    (folder / STUDY_FILE).write_text(f"{text}\n", "utf-8")
 
 
 def _write_base(study: Study, table: Table, here: Path, folder: Path) -> None:
