@@ -16,9 +16,10 @@ from hf_datavec.errors import InputError
 from hf_datavec.geometry import Gram, products
 from hf_datavec.plan import Plan, Step
 from hf_datavec.survey import Survey
-from hf_datavec.tensors import TORCH_NAMES, in_file_order
+from hf_datavec.tensors import TORCH_NAMES
 from hf_datavec.threads import PIECE, Task, in_order
 from hf_datavec.vector import Combination, refuse_nonfinite, rows_by_label
+from hf_datavec.writing import in_file_order
 
 if TYPE_CHECKING:
     import torch

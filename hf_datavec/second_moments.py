@@ -15,7 +15,8 @@ from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError, listed
 from hf_datavec.manifest import AGAIN, MANIFEST_FILE, Manifest, SecondMoment
 from hf_datavec.methods import as_matrix
-from hf_datavec.tensors import Record, StoredTensors, combined_digest, in_file_order, open_file, write_file
+from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file
+from hf_datavec.writing import in_file_order, write_file
 
 if TYPE_CHECKING:
     import torch

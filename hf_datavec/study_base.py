@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec.checkpoint import PREPROCESSOR_FILE, Checkpoint, Role, relabelled, write_config
 from hf_datavec.errors import InputError, listed
-from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
+from hf_datavec.tensors import MODEL_FILE, Record
+from hf_datavec.writing import in_file_order, write_file
 
 if TYPE_CHECKING:
     import torch

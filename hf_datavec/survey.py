@@ -14,9 +14,9 @@ from hf_datavec.combine import SLICE, Sites, inner_products, site_shares, slice_
 from hf_datavec.plan import Contribution, Plan, Step
 from hf_datavec.progress import progress
 from hf_datavec.selection import sample, streamed
-from hf_datavec.tensors import in_file_order
 from hf_datavec.threads import Task, in_order
 from hf_datavec.vector import TaskVector, refuse_nonfinite, rows_by_label
+from hf_datavec.writing import in_file_order
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hf_datavec.plan import Plan, ordered, steps_of
+from hf_datavec.plan import Plan
+from hf_datavec.planning import ordered, steps_of
 from hf_datavec.recipe import Merge
 
 

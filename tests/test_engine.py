@@ -19,8 +19,9 @@ from hf_datavec.geometry import Gram, products
 from hf_datavec.methods.robust import ordered
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
-from hf_datavec.tensors import Record, write_file
+from hf_datavec.tensors import Record
 from hf_datavec.threads import AHEAD, MOST_BYTES, Task, in_order
+from hf_datavec.writing import write_file
 
 SECTIONS = (
     {"method": "mean"},

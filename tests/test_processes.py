@@ -13,7 +13,8 @@ from launching import ended, environment, start_all
 from networks import make_images, make_network, tune, write_recipe
 
 from hf_datavec.staging import partial_path
-from hf_datavec.tensors import in_file_order, open_folder
+from hf_datavec.tensors import open_folder
+from hf_datavec.writing import in_file_order
 
 PATIENCE = 300
 

@@ -14,16 +14,8 @@ from networks import digest
 from safetensors.torch import load_file, save_file
 
 from hf_datavec.errors import InputError, RunError
-from hf_datavec.tensors import (
-    INDEX_FILE,
-    Record,
-    combined_digest,
-    in_file_order,
-    open_file,
-    open_folder,
-    overwrite,
-    write_file,
-)  # fmt: skip
+from hf_datavec.tensors import INDEX_FILE, Record, combined_digest, open_file, open_folder
+from hf_datavec.writing import in_file_order, overwrite, write_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_datavec import hub
-from hf_datavec import plan as planning
+from hf_datavec import hub, planning
 from hf_datavec import recipe as recipes
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.errors import InputError, listed, raise_all

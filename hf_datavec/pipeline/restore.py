@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import models, processes, recalibrate, tensors
+from hf_datavec import models, processes, recalibrate, tensors, writing
 from hf_datavec.errors import InputError
 from hf_datavec.images import ImageSet, evenly_spread
 from hf_datavec.plan import FEW_IMAGES, Plan
@@ -197,7 +197,7 @@ def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> st
     stored = tensors.open_folder(folder)
     restored = {name: value for name, value in restored.items() if plan.base.roles[name].value != "constant"}
     _refuse_broken(restored, stored)
-    tensors.overwrite(stored.records, restored)
+    writing.overwrite(stored.records, restored)
     before = recalibrate.of_base(plan.base)
     after = {
         name: Gaussian(restored[f"{name}.running_mean"].double(), restored[f"{name}.running_var"].double())

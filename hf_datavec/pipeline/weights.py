@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec import fuse, processes, tensors
+from hf_datavec import fuse, processes, tensors, writing
 from hf_datavec import survey as surveys
 from hf_datavec.errors import RunError
 from hf_datavec.geometry import Gram
@@ -61,7 +61,7 @@ def write_files(
     Files and parts are laid out before it is decided who writes what, and what is summed is summed part by part, so
     that no byte depends on the number of processes.
     """
-    parts = parts_of({path: tensors.places(path, records) for path, records in files.items()})
+    parts = parts_of({path: writing.places(path, records) for path, records in files.items()})
     found = _verified(parts, processes.on_main(ledger.claimed)) if ledger else {}
     processes.on_main(lambda: _lay_out(files, ledger, keep=bool(found)))
     if found:
@@ -92,7 +92,7 @@ def _lay_out(files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, *, k
     for path, records in files.items():
         if not keep:
             path.unlink(missing_ok=True)  # a search writes again what a network may still have mapped
-        tensors.lay_out(path, records, keep=keep)
+        writing.lay_out(path, records, keep=keep)
     if ledger is not None and not keep:
         ledger.begin()  # what another merge entered must not pass for this one's
 
@@ -114,7 +114,7 @@ def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Ite
             # One stream for all parts of a file: threads work ahead, also beyond the end of a part.
             stream = _telling(fusing(names, seen), tell)
             for part in parts:
-                pairs = tensors.write_into(part.file, part.records, stream)
+                pairs = writing.write_into(part.file, part.records, stream)
                 finished = Finished(tuple(one for _, one in pairs), seen.taken())
                 if ledger is not None:  # else it is a trial, which no disk needs to hold
                     flush(part.file)

@@ -12,8 +12,9 @@ from hf_datavec import models, study_base
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
 from hf_datavec.recalibrate.pooling import Channels, Gaussian, mixture
-from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
+from hf_datavec.tensors import MODEL_FILE, Record
 from hf_datavec.vector import rows_by_label
+from hf_datavec.writing import in_file_order, write_file
 
 if TYPE_CHECKING:
     import torch

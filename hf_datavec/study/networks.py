@@ -21,7 +21,8 @@ from hf_datavec.recipe import AUTO
 from hf_datavec.study.partition import POOLED, PUBLIC, TEST, Division, slug
 from hf_datavec.study.pictures import Part, Table, part
 from hf_datavec.study.sections import Combining, Study
-from hf_datavec.tensors import MODEL_FILE, Record, in_file_order, write_file
+from hf_datavec.tensors import MODEL_FILE, Record
+from hf_datavec.writing import in_file_order, write_file
 
 if TYPE_CHECKING:
     import torch
