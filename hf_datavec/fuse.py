@@ -138,8 +138,8 @@ class _Combining:
         done = 0
         for vectors, base, combined in self._slices(where):
             here = result[done : done + base.shape[0]]
-            # float32 plus float64 is float64; only the result is rounded
-            torch.add(base, combined, alpha=self.step.scale, out=here)
+            # A copy even of a float64 base, which is the file itself.
+            here.copy_(base.to(torch.float64, copy=True).add_(combined, alpha=self.step.scale))
             done += base.shape[0]
             if measured:
                 for some in vectors.split(slice_length(count), dim=1):

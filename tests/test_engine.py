@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import make_network, make_vector, tune, write_recipe
+from networks import digest, make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file
 
 from hf_datavec import fuse
@@ -88,6 +88,21 @@ def test_tuned_models_give_the_bits_of_their_vectors(method, sites):
     # Sites are summed in the order of their content, which is another for models; sums in float64 hardly tell.
     for name, value in vectors.items():
         torch.testing.assert_close(models[name], value, rtol=1e-7, atol=0)
+
+
+def test_a_base_in_float64_is_read_and_not_added_to(sites, tmp_path):
+    wide = {name: value.double() for name, value in load_file(sites / "base" / "model.safetensors").items()}
+    base = save_with(sites / "base", tmp_path / "base", wide)
+    tuned = tune(base, tmp_path / "tuned-0", seed=5)
+    for site in range(4):
+        make_vector(base, tuned, tmp_path / f"site-{site}")
+    before, plan = digest(base / "model.safetensors"), planned(tmp_path, method="mean")
+    first, again = dict(fuse.run(plan)), dict(fuse.run(plan))
+    assert all(torch.equal(first[name], again[name]) for name in wide)
+    assert digest(base / "model.safetensors") == before
+    vector = load_file(tmp_path / "site-0" / "vector.safetensors")
+    weight = max(vector, key=lambda name: vector[name].numel())
+    assert torch.equal(first[weight], wide[weight] + vector[weight].double())
 
 
 def test_cosines_and_norms_are_those_of_the_vectors(sites):
