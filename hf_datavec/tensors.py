@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class StoredTensors:
 
         It does not depend on how tensors are spread over files, nor on a file's metadata.
         """
-        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
             hashes = list(pool.map(hash_of, (self.records[name] for name in sorted(self.records))))
         return combined_digest(zip((self.records[name] for name in sorted(self.records)), hashes, strict=True))
 
