@@ -34,8 +34,9 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, axis: str) -> None
     values = [100 * bar.estimate.value for bar in bars]
     # Of a single seed no interval is known, and a metric may not be defined.
     values = [0.0 if math.isnan(value) else value for value in values]
-    lows = [100 * (bar.estimate.value - bar.estimate.low) for bar in bars]
-    highs = [100 * (bar.estimate.high - bar.estimate.value) for bar in bars]
+    # No share is below nothing or above all, whatever an interval of few seeds says; an unknown end stays unknown.
+    lows = [100 * (bar.estimate.value - max(bar.estimate.low, 0.0)) for bar in bars]
+    highs = [100 * (min(bar.estimate.high, 1.0) - bar.estimate.value) for bar in bars]
     spread = [[0.0 if math.isnan(one) else max(0.0, one) for one in ends] for ends in (lows, highs)]
     axes.barh(places, values, color=[bar.color for bar in bars], height=0.62)
     axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="#333333", capsize=3, linewidth=1)
@@ -43,7 +44,8 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, axis: str) -> None
         end = value if math.isnan(bar.estimate.high) else min(100.0, 100 * bar.estimate.high)
         axes.text(end + 1.5, place, f"{value:.1f}", va="center", fontsize=9)
     axes.set_yticks(places, [bar.text for bar in bars])
-    axes.set_xlim(0, 108)
+    axes.set_xlim(0, 112)
+    axes.set_ylim(-0.8, len(bars) - 0.2)
     axes.set_xlabel(axis)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
