@@ -341,7 +341,7 @@ def hostile_vector(bench: Bench, kind: str) -> Path:
     import torch
     from networks import once
 
-    from hf_datavec import vector
+    from hf_datavec import vector, vector_file
 
     true = vector.open_vector(bench.vectors[0])
 
@@ -359,7 +359,7 @@ def hostile_vector(bench: Bench, kind: str) -> Path:
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        vector.write(folder, Differences(bench.base, true.labels), true.manifest.base)
+        vector_file.write(folder, Differences(bench.base, true.labels), true.manifest.base)
 
     place = bench.folder / f"hostile-{kind.replace(' ', '-')}"
     once(place, write)

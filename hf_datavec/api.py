@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import hub, vector
+from hf_datavec import hub, vector, vector_file
 from hf_datavec.card import vector_card
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
@@ -67,7 +67,7 @@ class TaskVector:
     @property
     def norm(self) -> float:
         """The length of the whole vector, without head and statistics."""
-        return vector.norm(self.tensors[name] for name in self._named(Role.WEIGHT))
+        return vector_file.norm(self.tensors[name] for name in self._named(Role.WEIGHT))
 
     def __repr__(self) -> str:
         return f"TaskVector(base={self.base!r}, labels={self.labels!r}, norm={self.norm:g})"
@@ -102,7 +102,7 @@ class TaskVector:
     def save_pretrained(self, save_directory: Text) -> None:
         """Write the folder of the vector: tensors, manifest and card. Raises: InputError if it exists."""
         with staged(Path(save_directory)) as folder:
-            manifest = vector.write_described(folder, self._manifest, self.tensors.__getitem__)
+            manifest = vector_file.write_described(folder, self._manifest, self.tensors.__getitem__)
             (folder / "README.md").write_text(vector_card(manifest), "utf-8")
 
     def push_to_hub(

@@ -30,7 +30,7 @@ def measured(vectors: Sequence[Vector], lengths: Mapping[str, int], *, text: str
     gram, size = Gram(), 4 * SLICE * len(vectors)
     tasks = (Task(partial(_products, vectors, name, length), size) for name, length in sorted(lengths.items()))
     for found in progress(in_order(tasks), text=text, total=len(lengths), unit="tensor"):
-        gram.include(found)
+        gram.include(found.numpy())
     return gram.geometry()
 
 

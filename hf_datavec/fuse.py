@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from hf_datavec import sums
 from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
 from hf_datavec.combine import Sites, needs_whole, ready, slice_length
@@ -24,8 +25,11 @@ from hf_datavec.writing import in_file_order
 if TYPE_CHECKING:
     import torch
 
+    from hf_datavec.geometry import Products
+    from hf_datavec.writing import Values
+
     # A tensor's name, some of its values, and the inner products (n, n) of the vectors that they were made of.
-    Piece = tuple[str, torch.Tensor, torch.Tensor | None]
+    Piece = tuple[str, Values, Products | None]
     Combine = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -44,12 +48,16 @@ def run(
 
     Raises: InputError for NaN or infinite values in a vector, and for a result that overflows its type.
     """
+    import numpy as np
     import torch
 
     shapes = {step.name: step.record.shape for step in plan.steps}
     found = pieces(plan, only=only, device=device, gram=gram, survey=survey)
     for name, parts in itertools.groupby(found, key=lambda piece: piece[0]):
-        flat = [part for _, part in parts]
+        flat = [
+            torch.from_numpy(np.require(part, requirements="W")) if isinstance(part, np.ndarray) else part
+            for _, part in parts
+        ]
         yield name, (flat[0] if len(flat) == 1 else torch.cat(flat)).reshape(shapes[name])
 
 
@@ -60,16 +68,19 @@ def pieces(
     device: torch.device | str = "cpu",
     gram: Gram | None = None,
     survey: Survey | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Values]]:
     """The same as `run`, but flat, and of a large tensor several pieces in a row: none is in memory as a whole.
 
-    Threads make pieces ahead, so that the next are computed while one is written.
+    Threads make pieces ahead, so that the next are computed while one is written. What is nothing but a sum is made
+    by numpy, without torch.
     """
     steps = {step.name: step for step in plan.steps if only is None or step.name in only}
     survey = survey or surveys.take(plan)
     ordered = [steps[record.name] for record in in_file_order(step.record for step in steps.values())]
-    tasks = (task for step in ordered for task in _tasks(plan, step, survey, device))
-    for name, piece, seen in in_order(tasks, threads=None if str(device) == "cpu" else 1):
+    by_torch = not sums.suffice(plan, device)
+    make = _tasks if by_torch else _sums
+    tasks = (task for step in ordered for task in make(plan, step, survey, device))
+    for name, piece, seen in in_order(tasks, threads=None if str(device) == "cpu" else 1, by_torch=by_torch):
         if gram is not None and seen is not None:
             gram.include(seen)
         yield name, piece
@@ -93,6 +104,18 @@ def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -
     for start in range(0, max(1, length), PIECE):
         where = range(start, min(start + PIECE, length))
         yield Task(partial(combining.piece, where), step.peak_bytes(count))
+
+
+def _sums(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -> Iterator[Task[Piece]]:
+    """The same for a tensor that is a sum, in the same pieces."""
+    for number, where in enumerate(sums.ranges(step, PIECE)):
+
+        def compute(number: int = number, where: range = where) -> Piece:
+            found = sums.piece(plan, step, where)
+            # What is not finite is told by those who make all other methods.
+            return found or next(itertools.islice(_tasks(plan, step, survey, device), number, None)).compute()
+
+        yield Task(compute, step.peak_bytes(len(plan.contributions)))
 
 
 def _kept(plan: Plan, step: Step) -> Piece:
@@ -148,7 +171,7 @@ class _Combining:
             for one in self.plan.contributions:
                 refuse_nonfinite(one.source.read(step.name), step.name, one.name)
         _refuse_overflow(step, result, lambda: self._largest(where))
-        return step.name, result.cpu(), seen.cpu()
+        return step.name, result.cpu(), seen.cpu().numpy()
 
     def _largest(self, where: range) -> float:
         """The largest magnitude of the fused values before they are cast."""

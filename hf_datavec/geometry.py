@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Products = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +32,9 @@ class Gram:
     """The inner products of n vectors, summed over the slices that it is shown."""
 
     def __init__(self) -> None:
-        self._products: torch.Tensor | None = None
+        self._products: Products | None = None
 
-    def include(self, products: torch.Tensor) -> None:
+    def include(self, products: Products) -> None:
         """Count the inner products (n, n) of some slices."""
         self._products = products if self._products is None else self._products + products
 
@@ -39,20 +45,20 @@ class Gram:
 
     def count(self, rows: list[list[float]] | None) -> None:
         """Count what another has counted, as `taken` from it."""
-        import torch
+        import numpy as np
 
         if rows is not None:
-            products = torch.tensor(rows, dtype=torch.float64)
-            self._products = products if self._products is None else self._products + products
+            self.include(np.array(rows, dtype=np.float64))
 
     def geometry(self) -> Geometry:
         """Norms and cosines of all that was counted; a zero vector has cosine 0 to every other."""
+        import numpy as np
+
         if self._products is None:
             return Geometry((), ())
-        norms = self._products.diagonal().clamp(min=0).sqrt()
-        cosines = self._products / (norms[:, None] * norms[None, :]).clamp(min=1e-300)
-        rows = tuple(tuple(float(value) for value in row) for row in cosines.clamp(-1, 1))
-        return Geometry(tuple(float(norm) for norm in norms), rows)
+        norms = np.sqrt(np.maximum(self._products.diagonal(), 0))
+        cosines = np.clip(self._products / np.maximum(np.outer(norms, norms), 1e-300), -1, 1)
+        return Geometry(tuple(norms.tolist()), tuple(map(tuple, cosines.tolist())))
 
 
 def products(vectors: torch.Tensor) -> torch.Tensor:
@@ -63,3 +69,27 @@ def products(vectors: torch.Tensor) -> torch.Tensor:
         return products.double()
     wide = vectors.double()
     return wide @ wide.T
+
+
+# Up to so many vectors, product by product is as fast as a product of matrices, and nothing is copied.
+FEW = 6
+
+
+def products_of_rows(rows: Sequence[NDArray[Any]]) -> Products:
+    """The same of n numpy rows (d,)."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        if len(rows) > FEW:
+            together = np.stack(rows)
+            found: Products = (together @ together.T).astype(np.float64)
+        else:
+            found = np.zeros((len(rows), len(rows)))
+            for place, row in enumerate(rows):
+                for other in range(place + 1):
+                    found[place, other] = found[other, place] = np.dot(row, rows[other])
+        if all(SMALLEST < square < math.inf for square in found.diagonal()):
+            return found
+        wide = np.stack(rows).astype(np.float64)
+        found = wide @ wide.T
+    return found

@@ -60,8 +60,6 @@ class Survey:
 
 def _beside(plan: Plan, step: Step) -> dict[str, tuple[torch.Tensor, ...]]:
     """Second moments that a tensor's method asks for, of a head with a row for each label, and its coefficients."""
-    import torch
-
     found: dict[str, tuple[torch.Tensor, ...]] = {}
     for kind in step.method.from_sites:
         values = []
@@ -76,6 +74,8 @@ def _beside(plan: Plan, step: Step) -> dict[str, tuple[torch.Tensor, ...]]:
         else:
             found[kind] = tuple(values)
     if step.method.learned and step.name in plan.coefficients:
+        import torch
+
         row = plan.coefficients[step.name]
         found["coefficients"] = tuple(torch.tensor(value, dtype=torch.float64) for value in row)
     return found

@@ -6,10 +6,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,11 +19,18 @@ from hf_datavec.errors import InputError, RunError, listed
 from hf_datavec.headers import ITEM_BYTES
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The same names as torch spells them, for the types that a weight may have.
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# And as numpy spells those that it knows, whole numbers too.
+NUMPY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"}
+NUMPY_NAMES |= {
+    f"{sign}{bits}": f"{kind}{bits}" for sign, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
 
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_FILE = "model.safetensors"
@@ -62,7 +69,7 @@ class StoredTensors:
     records: Mapping[str, Record]
 
     @cached_property
-    def _files(self) -> dict[Path, tuple[Any, tuple[int, int]]]:
+    def _files(self) -> dict[tuple[str, Path], tuple[Any, tuple[int, int]]]:
         return {}
 
     @property
@@ -80,16 +87,32 @@ class StoredTensors:
         """
         from safetensors import safe_open
 
-        file = self.records[name].file
+        opened = self._opened("torch", self.records[name].file, partial(safe_open, framework="pt"))
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    def array(self, name: str) -> NDArray[np.generic]:
+        """The tensor without torch, of a type in `NUMPY_NAMES`: the file itself, mapped, not to be written to.
+
+        Raises: RunError as `read`.
+        """
+        import numpy as np
+
+        record = self.records[name]
+        mapped = self._opened("numpy", record.file, partial(np.memmap, mode="r"))
+        part = np.asarray(mapped[record.start : record.start + record.nbytes])
+        found: NDArray[np.generic] = part.view(NUMPY_NAMES[record.dtype]).reshape(record.shape)
+        return found
+
+    def _opened(self, library: str, file: Path, opening: Callable[[Path], Any]) -> Any:
         now = _stamp(file)
-        if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt"), now
-        opened, stamp = self._files[file]
+        if (library, file) not in self._files:
+            self._files[library, file] = opening(file), now
+        opened, stamp = self._files[library, file]
         if now != stamp:
             # Seen before it is touched: beyond the end of a file that was cut, a mapping ends the process.
             raise RunError(f"'{file}' was changed while it was being read", hint="let it be, and run again")
-        tensor: torch.Tensor = opened.get_tensor(name)
-        return tensor
+        return opened
 
     @cached_property
     def digest(self) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import Generic, TypeVar
 
@@ -65,9 +67,11 @@ def _without_collection() -> Iterator[None]:
 def tune_process() -> None:
     """Make a process that merges faster; for programs, since it changes all of the process.
 
-    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory; other C libraries do as they do.
+    Threads that hash hand the interpreter over sooner, numpy's products use the thread that asks for them, and glibc
+    keeps freed memory; other C libraries do as they do.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
     with contextlib.suppress(AttributeError, OSError):
         import ctypes
 
@@ -76,16 +80,16 @@ def tune_process() -> None:
             mallopt(option, value)
 
 
-def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None) -> Iterator[Result]:
+def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_torch: bool = True) -> Iterator[Result]:
     """The results of tasks in their order, while later ones are computed by as many threads as torch may use.
 
-    Within a task torch runs on one thread. An error of a task is raised in its turn, and those after it are dropped.
+    Within a task torch runs on one thread; tasks that are not done `by_torch` do not start it. An error of a task is
+    raised in its turn, and those after it are dropped.
     """
-    import torch
-
-    before = torch.get_num_threads()
+    torch = importlib.import_module("torch") if by_torch else None
+    before = torch.get_num_threads() if torch else _allowed()
     count = threads or before
-    pool = ThreadPoolExecutor(count, "tensors", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(count, "tensors", partial(torch.set_num_threads, 1) if torch else None)
     waiting: deque[tuple[int, Future[Result]]] = deque()
     try:
         for task in tasks:
@@ -98,4 +102,13 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None) -> It
             yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # what a thread sets is what later threads begin with
+        if torch:
+            torch.set_num_threads(before)  # what a thread sets is what later threads begin with
+
+
+def _allowed() -> int:
+    """How many threads torch would use, which need not be started to know it."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told):
+        return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

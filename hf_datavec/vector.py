@@ -1,31 +1,32 @@
-"""Task vectors: computed from a base and a tuned network, written, opened and checked."""
+"""Task vectors: opened and checked, or computed from a base and a tuned network when they are read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-from hf_datavec import __version__, lineage
+from hf_datavec import __version__
 from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
-from hf_datavec.hub import Fetched
-from hf_datavec.manifest import AGAIN, VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, StatisticsNoise, TensorEntry
-from hf_datavec.second_moments import Kind, SecondMoments, open_beside
-from hf_datavec.tensors import Record, StoredTensors, combined_digest, open_file
-from hf_datavec.threads import PIECE, Task, in_order
+from hf_datavec.manifest import AGAIN, VECTOR_FILE, Manifest
+from hf_datavec.second_moments import SecondMoments, open_beside
+from hf_datavec.tensors import NUMPY_NAMES, StoredTensors, Tensors, open_file
 from hf_datavec.tuned import Tuned
-from hf_datavec.writing import in_file_order, write_file
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
+    Array = NDArray[np.generic]
     Parts = Callable[[slice], torch.Tensor]
+    Arrays = Callable[[slice], Array]
 
 # Vectors travel in float32 whatever the base's type: differences of half-precision weights need the bits.
 VECTOR_DTYPE = "F32"
@@ -51,6 +52,15 @@ class TaskVector:
     def parts(self, name: str) -> Parts:
         """What reads some values of the flattened difference."""
         return self.read(name).reshape(-1).__getitem__
+
+    @property
+    def by_numpy(self) -> bool:
+        """Whether `arrays` reads every tensor."""
+        return True
+
+    def arrays(self, name: str) -> Arrays:
+        """The same as `parts`, without torch."""
+        return _flat(self.tensors, name).__getitem__
 
     @property
     def weights(self) -> dict[str, int]:
@@ -98,6 +108,24 @@ class TunedDifferences:
         ours, theirs = self.base.tensors.read(name).reshape(-1), self.tuned.read(name).reshape(-1)
         return lambda where: self._between(name, ours[where], theirs[where])
 
+    @cached_property
+    def by_numpy(self) -> bool:
+        """Whether `arrays` reads every tensor: both networks are safetensors, of types that numpy knows."""
+        networks = (self.base.tensors, self.tuned.tensors)
+        return all(
+            isinstance(one, StoredTensors) and {record.dtype for record in one.records.values()} <= set(NUMPY_NAMES)
+            for one in networks
+        )
+
+    def arrays(self, name: str) -> Arrays:
+        """The same as `parts`, without torch."""
+        import numpy as np
+
+        ours, theirs = _flat(self.base.tensors, name), _flat(self.tuned.tensors, self.tuned.names[name])
+        if self.base.records[name].dtype == "F64":
+            return lambda where: np.subtract(theirs[where], ours[where], dtype=np.float64).astype(np.float32)
+        return lambda where: np.subtract(theirs[where], ours[where], dtype=np.float32, casting="same_kind")
+
     def _between(self, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         if self.base.records[name].dtype == "F64":
             return (theirs.double() - ours.double()).float()
@@ -118,6 +146,20 @@ class Combination:
     def parts(self, name: str) -> Parts:
         """What reads some values of the flattened combination."""
         return self.read(name).reshape(-1).__getitem__
+
+    @property
+    def by_numpy(self) -> bool:
+        """Whether `arrays` reads every tensor."""
+        return True
+
+    def arrays(self, name: str) -> Arrays:
+        """The same as `parts`, without torch."""
+        return _flat(self.tensors, name).__getitem__
+
+
+def _flat(tensors: Tensors, name: str) -> Array:
+    assert isinstance(tensors, StoredTensors)
+    return tensors.array(name).reshape(-1)
 
 
 def rows_by_label(tensor: torch.Tensor, have: tuple[str, ...], want: tuple[str, ...]) -> torch.Tensor:
@@ -141,114 +183,6 @@ def refuse_nonfinite(tensor: torch.Tensor, name: str, where: str) -> None:
             f"'{where}': tensor '{name}' has {count} NaN or infinite values of {tensor.numel()}",
             hint="the training diverged or the file is damaged; a vector must be finite",
         )
-
-
-class Differences(Protocol):
-    """Differences to a base, whatever they are computed from."""
-
-    @property
-    def base(self) -> Checkpoint: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-    def parts(self, name: str) -> Parts: ...
-
-
-def write(
-    folder: Path,
-    differences: Differences,
-    base_id: BaseIdentity,
-    *,
-    with_statistics: bool = False,
-    examples: Mapping[str, int] | None = None,
-    training: Mapping[str, Any] | None = None,
-    second_moments: Mapping[Kind, SecondMoment] | None = None,
-    noise: StatisticsNoise | None = None,
-) -> Manifest:
-    """Write `vector.safetensors` and `datavec.json` into a folder and return the manifest.
-
-    Raises: InputError for a tuned network with NaN or infinite weights.
-    """
-    base = differences.base
-    roles = (Role.WEIGHT, Role.HEAD, Role.STATISTIC) if with_statistics else (Role.WEIGHT, Role.HEAD)
-    entries = {
-        name: TensorEntry(
-            role=base.roles[name],
-            shape=base.shape_with(name, differences.labels),
-            dtype=base.records[name].dtype,
-            stored=base.roles[name] in roles,
-        )
-        for name in sorted(base.records)
-    }
-    draft = Manifest(
-        base=base_id,
-        content="",
-        labels=differences.labels,
-        examples=dict(examples) if examples else None,
-        training=dict(training) if training else None,
-        noise=noise,
-        norm=0.0,
-        tensors=entries,
-        second_moments=dict(second_moments) if second_moments else None,
-        lineage=lineage.read(base.folder) or None,
-        tools=tool_versions(),
-    )
-    return write_described(folder, draft, differences.read, parts=differences.parts)
-
-
-def write_described(
-    folder: Path, draft: Manifest, read: Callable[[str], torch.Tensor], *, parts: Callable[[str], Parts] | None = None
-) -> Manifest:
-    """Write the stored tensors that a manifest lists, and the manifest with their digest and norm.
-
-    With `parts` weights are read piece by piece, and only heads and statistics as a whole.
-    """
-    stored = draft.stored
-    layout = [Record(name, VECTOR_DTYPE, entry.shape, folder, 0) for name, entry in stored.items()]
-    squares: list[float] = []
-
-    def measured(name: str, where: slice | None = None) -> tuple[str, torch.Tensor, float]:
-        difference = read(name) if where is None or parts is None else parts(name)(where)
-        if where is not None and not math.isfinite(float(difference.sum())):
-            read(name)  # tells which values are not finite
-        return name, difference, _square(difference) if stored[name].role is Role.WEIGHT else 0.0
-
-    def tasks() -> Iterator[Task[tuple[str, torch.Tensor, float]]]:
-        # All differences have one type, so the order of the file is the order of the names.
-        for record in in_file_order(layout):
-            values = math.prod(record.shape)
-            if parts is None or stored[record.name].role is not Role.WEIGHT:
-                yield Task(partial(measured, record.name), record.nbytes)
-                continue
-            for start in range(0, max(1, values), PIECE):
-                where = slice(start, min(start + PIECE, values))
-                yield Task(partial(measured, record.name, where), 3 * record.nbytes * PIECE // max(PIECE, values))
-
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, difference, square in in_order(tasks()):
-            squares.append(square)
-            yield name, difference
-
-    content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream()))
-    # Six digits, since the last bits depend on how many threads sum up.
-    length = float(f"{math.sqrt(math.fsum(squares)):.6g}")
-    result = draft.model_copy(update={"content": content, "norm": length}).sealed()
-    result.write(folder)
-    return result
-
-
-def norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The length of all tensors together."""
-    return math.sqrt(math.fsum(_square(tensor) for tensor in tensors))
-
-
-def _square(tensor: torch.Tensor) -> float:
-    import torch
-
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def tool_versions() -> dict[str, str]:
@@ -283,11 +217,3 @@ def open_vector(folder: Path) -> TaskVector:
             )
     raise_all(errors)
     return TaskVector(folder, manifest, tensors, open_beside(folder, manifest))
-
-
-def base_identity(fetched: Fetched, base: Checkpoint) -> BaseIdentity:
-    """How a manifest names the base that was fetched."""
-    weights = {name: value for name, value in fetched.hashes.items() if name.endswith(".safetensors")}
-    return BaseIdentity(
-        id=fetched.reference.identity, commit=fetched.commit, digest=base.tensors.digest, files=weights or None
-    )

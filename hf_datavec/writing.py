@@ -14,12 +14,14 @@ from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.tensors import TORCH_NAMES, Record
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Values = torch.Tensor | NDArray[np.generic]
 
 
-def write_file(
-    path: Path, layout: Iterable[Record], stream: Iterable[tuple[str, torch.Tensor]]
-) -> list[tuple[Record, str]]:
+def write_file(path: Path, layout: Iterable[Record], stream: Iterable[tuple[str, Values]]) -> list[tuple[Record, str]]:
     """Write tensors to `path` as they come, and return each record with the hash of its bytes.
 
     `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`, of each
@@ -59,9 +61,7 @@ def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False) -> list
     return placed
 
 
-def write_into(
-    path: Path, records: Sequence[Record], stream: Iterator[tuple[str, torch.Tensor]]
-) -> list[tuple[Record, str]]:
+def write_into(path: Path, records: Sequence[Record], stream: Iterator[tuple[str, Values]]) -> list[tuple[Record, str]]:
     """Write the next tensors of a stream, as in `write_file`, to their places in a file that `lay_out` made.
 
     Returns each record with the hash of its bytes.
@@ -81,7 +81,7 @@ def write_into(
     return written
 
 
-def _contents(stream: Iterator[tuple[str, torch.Tensor]], record: Record) -> Iterator[memoryview]:
+def _contents(stream: Iterator[tuple[str, Values]], record: Record) -> Iterator[memoryview]:
     """The bytes of one tensor, as they come from a stream."""
     missing = record.nbytes
     while True:
@@ -111,18 +111,27 @@ def _header(records: Iterable[Record]) -> tuple[bytes, int]:
     return start, len(start)
 
 
-def _bytes_of(tensor: torch.Tensor, record: Record, *, piece: bool = False) -> memoryview:
+def _bytes_of(values: Values, record: Record, *, piece: bool = False) -> memoryview:
     """The bytes of a tensor, or of a piece of its flattened values. Raises: ValueError when it is not as planned."""
+    expected = TORCH_NAMES.get(record.dtype)
+    found = str(values.dtype).removeprefix("torch.")
+    wrong_type = found != expected if expected else values.itemsize != ITEM_BYTES[record.dtype]
+    wrong_shape = tuple(values.shape) != record.shape and not (piece and values.ndim == 1)
+    if wrong_shape or wrong_type:
+        raise ValueError(f"tensor '{record.name}' is {values.dtype} {tuple(values.shape)}, planned {record}")
+    content: memoryview = _raw(values).data
+    return content
+
+
+def _raw(values: Values) -> NDArray[np.uint8]:
+    """The bytes (d,) of values in memory."""
+    import numpy as np
+
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     import torch
 
-    expected = TORCH_NAMES.get(record.dtype)
-    wrong_type = tensor.dtype != getattr(torch, expected) if expected else tensor.itemsize != ITEM_BYTES[record.dtype]
-    wrong_shape = tuple(tensor.shape) != record.shape and not (piece and tensor.dim() == 1)
-    if wrong_shape or wrong_type:
-        raise ValueError(f"tensor '{record.name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {record}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    content: memoryview = flat.view(torch.uint8).numpy().data
-    return content
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def overwrite(records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor]) -> None:

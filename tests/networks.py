@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_datavec import vector
+from hf_datavec import vector, vector_file
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.manifest import BaseIdentity
 from hf_datavec.tuned import open_tuned
@@ -106,7 +106,7 @@ def make_vector(base: Path, tuned: Path, folder: Path, **options: object) -> Pat
     checkpoint = open_checkpoint(base)
     folder.mkdir(parents=True)
     differences = vector.TunedDifferences(checkpoint, open_tuned(tuned, checkpoint))
-    vector.write(folder, differences, BaseIdentity(id=base.name, digest=checkpoint.tensors.digest), **options)
+    vector_file.write(folder, differences, BaseIdentity(id=base.name, digest=checkpoint.tensors.digest), **options)
     return folder
 
 

@@ -20,7 +20,7 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -33,6 +33,14 @@ GIVEN = ("generators", "thresholds", "fisher", "gram", "coefficients")
 # Of these, what sites push beside their vectors.
 FROM_SITES = {"fisher": "the sites' Fisher information", "gram": "the sites' Gram matrices"}
 _REGISTERED: dict[str, Method] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What a method multiplies each site's vector by, and divides their sum by."""
+
+    each: Sequence[float]
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,8 @@ class Method:
     ranks: Callable[..., tuple[int, ...]] | None = None
     # Why the method cannot merge a number of sites with these options, or None.
     refusal: Callable[..., str | None] | None = None
+    # Of a method that looks at no vector: the factors, from the sites' weights and the options.
+    factors: Callable[..., Factors] | None = None
     # Whether the weights must be the sites' numbers of examples.
     needs_counts: bool = False
     # Whether `coefficients` are learned on public images before the merge.

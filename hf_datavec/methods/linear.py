@@ -8,7 +8,7 @@ vectors average to exactly one of them.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_datavec.methods import method
+from hf_datavec.methods import Factors, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,16 +31,41 @@ def weighted_sum(
     return total.div_(sum(weights)) if normalize else total
 
 
-@method("sum", formula="sum_j tau_j", source="arXiv 2408.13038; arXiv 2212.04089, eq. 2", uses_weights=False)
+def _alike(weights: Sequence[float]) -> Factors:
+    return Factors([1.0] * len(weights))
+
+
+def _averaged(weights: Sequence[float]) -> Factors:
+    return Factors([1.0] * len(weights), len(weights))
+
+
+def _weighed(weights: Sequence[float], *, normalize: bool = True) -> Factors:
+    return Factors(weights, sum(weights) if normalize else 1.0)
+
+
+def _sum(vectors: "Tensor", factors: Factors) -> "Tensor":
+    total = weighted_sum(vectors, factors.each)
+    return total if factors.divisor == 1 else total.div_(factors.divisor)
+
+
+@method(
+    "sum",
+    formula="sum_j tau_j",
+    source="arXiv 2408.13038; arXiv 2212.04089, eq. 2",
+    uses_weights=False,
+    factors=_alike,
+)
 def add(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The sum of all vectors, the paper's rule; the recipe's `scale` is its lambda."""
-    return weighted_sum(vectors, [1.0] * len(vectors))
+    return _sum(vectors, _alike(weights.tolist()))
 
 
-@method("mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False)
+@method(
+    "mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False, factors=_averaged
+)
 def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The average of all vectors, each counted alike."""
-    return weighted_sum(vectors, [1.0] * len(vectors)).div_(len(vectors))
+    return _sum(vectors, _averaged(weights.tolist()))
 
 
 @method(
@@ -48,16 +73,23 @@ def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     formula="sum_j w_j tau_j / sum_j w_j",
     source="arXiv 2203.05482, weighted",
     uses_weights=True,
+    factors=_weighed,
 )
 def linear(vectors: "Tensor", weights: "Tensor", *, normalize: bool = True) -> "Tensor":
     """The weighted average; `normalize: false` leaves out the division, a weighted sum."""
-    return weighted_sum(vectors, weights.tolist(), normalize=normalize)
+    return _sum(vectors, _weighed(weights.tolist(), normalize=normalize))
 
 
-@method("task_arithmetic", formula="sum_j w_j tau_j", source="arXiv 2212.04089, eq. 2", uses_weights=True)
+@method(
+    "task_arithmetic",
+    formula="sum_j w_j tau_j",
+    source="arXiv 2212.04089, eq. 2",
+    uses_weights=True,
+    factors=_weighed,
+)
 def task_arithmetic(vectors: "Tensor", weights: "Tensor", *, normalize: bool = False) -> "Tensor":
     """The weighted sum, by negative weights too; `sum` when all weights are 1."""
-    return linear(vectors, weights, normalize=normalize)  # type: ignore[no-any-return]
+    return _sum(vectors, _weighed(weights.tolist(), normalize=normalize))
 
 
 @method(
@@ -65,8 +97,9 @@ def task_arithmetic(vectors: "Tensor", weights: "Tensor", *, normalize: bool = F
     formula="sum_j n_j tau_j / sum_j n_j, n_j examples of site j",
     source="arXiv 1602.05629 (FedAvg), one round",
     uses_weights=True,
+    factors=_weighed,
     needs_counts=True,
 )
 def fedavg(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The average weighed by the sites' numbers of images, which every vector must declare."""
-    return linear(vectors, weights)  # type: ignore[no-any-return]
+    return _sum(vectors, _weighed(weights.tolist()))

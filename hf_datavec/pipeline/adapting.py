@@ -57,7 +57,7 @@ class Adaptation:
         (folder / COEFFICIENTS_FILE).write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
-def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: torch.device) -> Adaptation:
+def adapt(plan: Plan, images: ImageSet, folder: Path, *, device: str) -> Adaptation:
     """Coefficients for a plan, learned on the images; `folder` holds the model to start from.
 
     Raises: InputError for a single image; RunError when predictions are not finite.

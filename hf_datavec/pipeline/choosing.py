@@ -51,7 +51,7 @@ class Chooser:
     images: ImageSet
     folder: Path
     make: Make
-    device: torch.device
+    device: str
 
     def choose(self, plan: Plan, gram: Gram) -> Choice:
         """The plan with the best scale or weights that the recipe's search finds.
@@ -136,7 +136,7 @@ class _Nothing:
         return torch.full(self.records[name].shape, -0.0, dtype=torch.float64)
 
 
-def _combined(plan: Plan, path: Path, device: torch.device, gram: Gram) -> Plan:
+def _combined(plan: Plan, path: Path, device: str, gram: Gram) -> Plan:
     """The plan whose only contribution is what the methods of another make of its vectors, written to `path`.
 
     The combination is what a merge onto nothing gives; it is kept in float64, so that scaling and adding it gives

@@ -38,7 +38,7 @@ from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.vector import TaskVector
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _staged(output: Path) -> Iterator[Path]:
         processes.on_main(stack.close)
 
 
-def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, torch.device]) -> MergeResult:
+def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str]) -> MergeResult:
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
     chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
@@ -234,7 +234,7 @@ def _rounds(prepared: Prepared, restoration: str) -> tuple[Round, ...]:
     )
 
 
-def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: torch.device) -> Evaluation | None:
+def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: str) -> Evaluation | None:
     """The metrics of the written model, loaded as its users will load it; without images it is only held to the plan.
 
     A network that was restored has been loaded by then. Else the files have the names, shapes and types of the base,

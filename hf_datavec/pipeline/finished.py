@@ -18,13 +18,13 @@ from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.prepare import Prepared
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 EVALUATION_FILE = "evaluation.json"
 
 
 def geometry_of(
-    output: Path, prepared: Prepared, public: ImageSet | None, test: ImageSet | None, device: torch.device
+    output: Path, prepared: Prepared, public: ImageSet | None, test: ImageSet | None, device: str
 ) -> Geometry | None:
     """The norms and cosines of a merge whose result already is in `output`; None when something else is, or nothing.
 

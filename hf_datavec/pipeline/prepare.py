@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_datavec import hub, planning
+from hf_datavec import hub, planning, sums
 from hf_datavec import recipe as recipes
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.errors import InputError, listed, raise_all
@@ -59,7 +59,7 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
     base = hub.fetch(references[0], headers_only=headers_only)
     with hub.naming(base):
         checkpoint = open_checkpoint(base.folder)
-    if not headers_only:
+    if not headers_only and not sums.expected(recipe, checkpoint):
         import_ahead("torch")  # while digests are computed
     contributions, errors = _contributions(recipe, references[1:], checkpoint, headers_only)
     raise_all([*errors, *_reference_errors(recipe, path.absolute().parent, checkpoint)])

@@ -34,7 +34,7 @@ class Restoration:
     kept: list[Any] = field(default_factory=list)
 
 
-def decide(plan: Plan, public: ImageSet | None, device: torch.device) -> Restoration:
+def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
     """The mode, `auto` resolved, after holding the public images against the sites'. Warns on the log."""
     sites = recalibrate.sharing(plan.base, plan.contributions, device=device)
     wanted = plan.recipe.recalibrate

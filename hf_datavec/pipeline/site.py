@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import curvature, hub, second_moments, study_base, vector
+from hf_datavec import curvature, hub, second_moments, study_base, vector, vector_file
 from hf_datavec import finetune as training
 from hf_datavec import noise as noising
 from hf_datavec.card import licence, vector_card
@@ -21,7 +21,6 @@ from hf_datavec.pipeline import device as devices
 from hf_datavec.progress import progress
 from hf_datavec.second_moments import Kind
 from hf_datavec.staging import partial_path, refuse_existing, staged
-from hf_datavec.threads import import_ahead
 from hf_datavec.tuned import open_tuned
 
 if TYPE_CHECKING:
@@ -118,15 +117,14 @@ def diff(
     if observed is not None and not place.is_dir():
         hint = "give the folder with config.json and model.safetensors"
         raise InputError(f"'{tuned}' is a file; second moments are measured on a model that can be run", hint=hint)
-    import_ahead("torch")  # while the base's digest is computed
     exact = vector.TunedDifferences(checkpoint, network)
     differences, noised = (exact, None) if noise is None else _noised(exact, noise, record, with_statistics)
     with staged(output) as folder:
         beside = _second_moments(observed, place, exact, folder) if observed else None
-        manifest = vector.write(
+        manifest = vector_file.write(
             folder,
             differences,
-            vector.base_identity(fetched, checkpoint),
+            vector_file.base_identity(fetched, checkpoint),
             with_statistics=with_statistics,
             examples=record.get("examples") if share_counts else None,
             training=record.get("settings"),
@@ -183,7 +181,7 @@ def _second_moments(
 
 def _noised(
     exact: vector.TunedDifferences, epsilon: float, record: dict[str, Any], with_statistics: bool
-) -> tuple[vector.Differences, StatisticsNoise]:
+) -> tuple[vector_file.Differences, StatisticsNoise]:
     if not with_statistics:
         raise InputError("--noise is for statistics, but none are included", hint="add --with-statistics")
     images, batch_size = sum((record.get("examples") or {}).values()), record.get("settings", {}).get("batch_size")

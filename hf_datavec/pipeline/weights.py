@@ -24,7 +24,7 @@ from hf_datavec.tables import size
 from hf_datavec.tensors import Record
 
 if TYPE_CHECKING:
-    import torch
+    from hf_datavec.writing import Values
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 BESIDE = 16_000_000
 
 
-def write(plan: Plan, folder: Path, device: torch.device, gram: Gram, *, resume: bool = False) -> str:
+def write(plan: Plan, folder: Path, device: str, gram: Gram, *, resume: bool = False) -> str:
     """Write the fused tensors into the same files as the base has; returns the content digest.
 
     Every process must call it. `gram` counts the vectors. With `resume`, parts that an interrupted run of the same
@@ -41,7 +41,7 @@ def write(plan: Plan, folder: Path, device: torch.device, gram: Gram, *, resume:
     by_file: dict[Path, list[Record]] = {}
     for step in plan.steps:
         by_file.setdefault(folder / step.record.file.name, []).append(step.record)
-    ledger = Ledger(folder, key_of(plan, device.type)) if resume else None
+    ledger = Ledger(folder, key_of(plan, device.split(":")[0])) if resume else None
     written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger)
     if [path.name for path in by_file] != [tensors.MODEL_FILE]:
         processes.on_main(lambda: _write_index(plan, folder, by_file))
@@ -51,7 +51,7 @@ def write(plan: Plan, folder: Path, device: torch.device, gram: Gram, *, resume:
 def write_files(
     plan: Plan,
     files: Mapping[Path, Sequence[Record]],
-    device: torch.device,
+    device: str,
     gram: Gram,
     *,
     ledger: Ledger | None = None,
@@ -78,11 +78,11 @@ def write_files(
 
 
 # From the names of tensors of one file, in its order, to the stream of their pieces; vectors are shown to the Gram.
-Fusing = Callable[[set[str], Gram], Iterator[tuple[str, "torch.Tensor"]]]
+Fusing = Callable[[set[str], Gram], Iterator[tuple[str, "Values"]]]
 
 
-def _fusing(plan: Plan, device: torch.device, survey: Survey) -> Fusing:
-    def stream(names: set[str], gram: Gram) -> Iterator[tuple[str, torch.Tensor]]:
+def _fusing(plan: Plan, device: str, survey: Survey) -> Fusing:
+    def stream(names: set[str], gram: Gram) -> Iterator[tuple[str, Values]]:
         return fuse.pieces(plan, only=names, device=device, gram=gram, survey=survey)
 
     return stream
@@ -122,9 +122,7 @@ def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Ite
                 yield part.number, finished
 
 
-def _telling(
-    stream: Iterator[tuple[str, torch.Tensor]], tell: Callable[[int], None]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _telling(stream: Iterator[tuple[str, Values]], tell: Callable[[int], None]) -> Iterator[tuple[str, Values]]:
     for name, tensor in stream:
         yield name, tensor
         tell(tensor.nbytes)

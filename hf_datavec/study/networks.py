@@ -25,7 +25,7 @@ from hf_datavec.tensors import MODEL_FILE, Record
 from hf_datavec.writing import in_file_order, write_file
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Workplace:
     folder: Path
     table: Table
     elsewhere: ImageSet | None  # public images of another data set
-    device: torch.device
+    device: str
 
     @property
     def base(self) -> Path:
@@ -110,7 +110,7 @@ class Seed:
             return kept
         if not tuned.exists():
             log.info("seed %d: %s trains for %g epochs", self.number, name, settings.epochs)
-            device: Any = self.place.device.type
+            device: Any = self.place.device.split(":")[0]
             site.train(open_checkpoint(base), self.images(images), tuned, settings=settings, device=device)
         site.diff(str(base), str(tuned), kept, with_statistics=has_statistics(base), share_counts=True)
         shutil.rmtree(tuned)

@@ -1,0 +1,127 @@
+"""Weighted sums of vectors by numpy, from mapped files: torch takes longer to start than they take to be added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.geometry import products_of_rows
+from hf_datavec.methods import Factors, all_methods
+from hf_datavec.plan import Plan, Step
+from hf_datavec.recipe import Recipe
+from hf_datavec.tensors import NUMPY_NAMES, StoredTensors
+from hf_datavec.vector import Combination
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hf_datavec.geometry import Products
+
+    Array = NDArray[np.generic]
+    # A tensor's name, some of its values, and the inner products (n, n) of the vectors that they were made of.
+    Piece = tuple[str, Array, Products | None]
+    Parts = Callable[[slice], Array]
+
+# Coordinates that are summed up at a time: the sum and one row of it in float64 stay near a core, and an operation
+# takes longer than two threads need to hand the interpreter to each other.
+SLICE = 2**17
+
+
+def expected(recipe: Recipe, base: Checkpoint) -> bool:
+    """Whether a recipe asks for nothing but sums, as far as it tells without its vectors; torch then need not start."""
+    merge, restore = recipe.merge, recipe.recalibrate
+    found = all_methods().get(merge.method)
+    restoring = restore is not None and restore.mode != "none" and base.has_statistics
+    return found is not None and found.factors is not None and not (restoring or recipe.evaluate or merge.searched)
+
+
+def suffice(plan: Plan, device: object) -> bool:
+    """Whether every tensor of a plan is a sum that this module can make, on a CPU.
+
+    Methods must not look at vectors, nothing may be clipped, and numpy must know the types; heads must have the same
+    rows everywhere.
+    """
+    if str(device) != "cpu" or plan.recipe.merge.clip is not None or not isinstance(plan.base.tensors, StoredTensors):
+        return False
+    one_head = all(one.labels == plan.labels == plan.base.labels for one in plan.contributions)
+    sites = all(one.source.by_numpy for one in plan.contributions)
+    return sites and all(_is_sum(plan, step, one_head) for step in plan.steps)
+
+
+def _is_sum(plan: Plan, step: Step, one_head: bool) -> bool:
+    known = {step.record.dtype, plan.base.records[step.name].dtype} <= set(NUMPY_NAMES)
+    if not step.is_merged:
+        return known
+    return known and step.method.factors is not None and (one_head or step.role is not Role.HEAD)
+
+
+def ranges(step: Step, size: int) -> Iterator[range]:
+    """The pieces of a tensor in its order, of a size where it is not handled as a whole."""
+    length = math.prod(step.record.shape)
+    if step.is_whole or not step.is_merged:
+        size = length
+    for start in range(0, max(1, length), max(1, size)):
+        yield range(start, min(start + size, length))
+
+
+def piece(plan: Plan, step: Step, where: range) -> Piece | None:
+    """Base plus scaled sum in float64, so that the cast to the result's type is the only rounding.
+
+    None when a value is not finite, for somebody else to tell why.
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _piece(plan, step, where)
+
+
+def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
+    import numpy as np
+
+    assert isinstance(plan.base.tensors, StoredTensors)  # else they do not suffice
+    base, dtype = plan.base.tensors.array(step.name).reshape(-1), np.dtype(NUMPY_NAMES[step.record.dtype])
+    if not step.is_merged:
+        kept = base[where.start : where.stop].astype(dtype, copy=False)
+        return (step.name, kept, None) if step.role is Role.CONSTANT or np.isfinite(kept).all() else None
+    parts, factors = [one.source.arrays(step.name) for one in plan.contributions], _factors(plan, step)
+    # Heads are not counted, and neither is what a search has combined already.
+    counting = step.role is not Role.HEAD and not any(isinstance(one.source, Combination) for one in plan.contributions)
+    seen, result = np.zeros((len(parts), len(parts))), np.empty(len(where), dtype)
+    room = np.empty((2, min(SLICE, len(where))))
+    for start in range(where.start, where.stop, SLICE):
+        here = slice(start, min(start + SLICE, where.stop))
+        rows = [part(here) for part in parts]
+        total, spare = room[:, : here.stop - start]
+        add(rows, factors, total, spare)
+        if step.scale != 1:
+            np.multiply(total, step.scale, out=total)
+        values = result[start - where.start : here.stop - where.start]
+        values[...] = np.add(total, base[here], out=total)
+        if not np.isfinite(values).all():
+            return None
+        if counting:
+            seen += products_of_rows(rows)
+    return step.name, result, seen if counting else None
+
+
+def add(rows: Sequence[Array], factors: Factors, total: NDArray[np.float64], spare: NDArray[np.float64]) -> None:
+    """The sum of rows (d,) times their factors, in float64, in the order of the sites, into `total`."""
+    import numpy as np
+
+    np.multiply(rows[0], factors.each[0], out=total, dtype=np.float64)
+    for row, factor in zip(rows[1:], factors.each[1:], strict=True):
+        if factor == 1:
+            np.add(total, row, out=total)
+        else:
+            np.add(total, np.multiply(row, factor, out=spare, dtype=np.float64), out=total)
+    if factors.divisor != 1:
+        np.divide(total, factors.divisor, out=total)
+
+
+def _factors(plan: Plan, step: Step) -> Factors:
+    assert step.method.factors is not None
+    weights = [one.weight for one in plan.contributions]
+    return step.method.factors(weights, **step.method.chosen(step.options))

@@ -1,0 +1,115 @@
+"""Sums without torch: the same values as by torch, and torch wherever numpy cannot do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import make_network, make_vector, save_with, tune, write_recipe
+from safetensors.torch import load_file
+
+from hf_datavec import fuse, sums
+from hf_datavec.errors import InputError
+from hf_datavec.geometry import FEW, Gram, products, products_of_rows
+from hf_datavec.methods import all_methods
+from hf_datavec.pipeline.prepare import prepare
+from hf_datavec.plan import Plan
+
+KNOWN = sorted(name for name, method in all_methods().items() if method.factors)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sites")
+    base = make_network("test_resnet", folder / "base")
+    for seed in range(3):
+        tune(base, folder / f"tuned-{seed}", seed=seed + 1)
+        make_vector(base, folder / f"tuned-{seed}", folder / f"site-{seed}", examples={"cat": 7 * seed + 1})
+    return folder
+
+
+def planned(folder: Path, *, entry: str = "vector", dtype: str | None = None, **section: object) -> Plan:
+    weighing = section["method"] in ("linear", "task_arithmetic")
+    places = [
+        {entry: f"./{'site' if entry == 'vector' else 'tuned'}-{n}", **({"weight": weight} if weighing else {})}
+        for n, weight in enumerate((0.3, 1.0, 2.5))
+    ]
+    more = {"dtype": dtype} if dtype else {}
+    return prepare(write_recipe(folder / "recipe.yaml", base="./base", vectors=places, merge=section, **more)).plan
+
+
+def by_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], Gram]:
+    gram = Gram()
+    with monkeypatch.context() as patched:
+        patched.setattr(sums, "suffice", lambda plan, device: False)
+        return dict(fuse.run(plan, gram=gram)), gram
+
+
+def test_the_linear_methods_are_sums():
+    assert KNOWN == ["fedavg", "linear", "mean", "sum", "task_arithmetic"]
+
+
+@pytest.mark.parametrize("method", KNOWN)
+@pytest.mark.parametrize("entry", ["vector", "model"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_sums_are_those_of_torch(method, entry, dtype, sites, monkeypatch):
+    if method == "fedavg" and entry == "model":
+        pytest.skip("models declare no counts")
+    plan = planned(sites, entry=entry, dtype=dtype, method=method, scale=0.7)
+    assert sums.suffice(plan, "cpu")
+    gram = Gram()
+    found, (expected, seen) = dict(fuse.run(plan, gram=gram)), by_torch(plan, monkeypatch)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        # torch multiplies and adds in one step, and rounds to float16 by way of float32: few values differ, by one ulp.
+        eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0
+        torch.testing.assert_close(found[name], tensor, rtol=eps, atol=1e-7 * eps)
+        assert int((found[name] != tensor).sum()) <= 1 + tensor.numel() / 100
+    assert gram.geometry().norms == pytest.approx(seen.geometry().norms, rel=1e-5)
+    assert np.allclose(gram.geometry().cosines, seen.geometry().cosines, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", KNOWN)
+def test_a_methods_factors_are_those_of_its_function(method):
+    rows, weights = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)), [0.5, 1.0, 3.0, 0.1]
+    known = all_methods()[method]
+    total, spare = np.empty(100), np.empty(100)
+    sums.add([row.numpy() for row in rows], known.factors(weights, **known.chosen({})), total, spare)
+    expected = known.function(rows, torch.tensor(weights, dtype=torch.float64))
+    torch.testing.assert_close(torch.from_numpy(total), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("section", [{"method": "mean", "clip": "median"}, {"method": "ties"}])
+def test_what_looks_at_vectors_is_done_by_torch(section, sites):
+    assert not sums.suffice(planned(sites, **section), "cpu")
+
+
+def test_a_gpu_and_types_that_numpy_lacks_are_left_to_torch(sites, tmp_path):
+    assert not sums.suffice(planned(sites, method="mean"), "cuda:0")
+    assert not sums.suffice(planned(sites, method="mean", dtype="bfloat16"), "cpu")
+    halves = {name: value.bfloat16() for name, value in load_file(sites / "base" / "model.safetensors").items()}
+    base = save_with(sites / "base", tmp_path / "base", halves)
+    for site in range(3):
+        make_vector(base, tune(base, tmp_path / f"tuned-{site}", seed=site), tmp_path / f"site-{site}")
+    plan = planned(tmp_path, method="sum")
+    assert not sums.suffice(plan, "cpu")
+    assert {value.dtype for value in dict(fuse.run(plan)).values()} == {torch.bfloat16}
+
+
+def test_what_is_not_finite_is_told_by_name(sites, tmp_path):
+    plan = planned(sites, method="sum", scale=1e9, dtype="float16")
+    with pytest.raises(InputError, match=r"the fused tensor '.*' does not fit F16 \(largest value"):
+        dict(fuse.run(plan))
+
+
+@pytest.mark.parametrize("count", [2, FEW, FEW + 1])
+def test_products_of_rows_are_those_of_tensors(count):
+    rows = torch.randn(count, 1000, generator=torch.Generator().manual_seed(1))
+    expected = products(rows).numpy()
+    assert np.allclose(products_of_rows([row.numpy() for row in rows]), expected, rtol=1e-5, atol=1e-3)
+    large = products_of_rows([1e25 * row.double().numpy().astype(np.float32) for row in rows])
+    assert np.isfinite(large).all()
+    assert np.isnan(products_of_rows([np.full(10, np.nan, np.float32)] * count)).all()
