@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec import hub, vector, vector_file
-from hf_datavec.card import vector_card
 from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.manifest import Manifest
@@ -19,6 +18,7 @@ from hf_datavec.pipeline.coordinator import MergeResult
 from hf_datavec.pipeline.device import Device
 from hf_datavec.staging import staged
 from hf_datavec.vector import rows_by_label
+from hf_datavec.vector_card import vector_card
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from hf_datavec import automatic, heatmap, hub, lineage, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
-from hf_datavec.card import Fusion, fused_card
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
+from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_datavec import curvature, hub, second_moments, study_base, vector, vector_file
 from hf_datavec import finetune as training
 from hf_datavec import noise as noising
-from hf_datavec.card import licence, vector_card
+from hf_datavec.card import licence
 from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import ImageSet, evenly_spread, open_images
@@ -22,6 +22,7 @@ from hf_datavec.progress import progress
 from hf_datavec.second_moments import Kind
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.tuned import open_tuned
+from hf_datavec.vector_card import vector_card
 
 if TYPE_CHECKING:
     import torch
