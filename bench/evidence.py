@@ -1,11 +1,12 @@
 """Run `hf-datavec study` on the PAD-UFES-20 networks of `bench/networks.py`, seed by seed, and print one table of all.
 
     python bench/networks.py pad DATA --out NETWORKS
-    python bench/evidence.py DATA NETWORKS --out DIR [--rounds] [--federated]
+    python bench/evidence.py DATA NETWORKS --out DIR [--rounds] [--federated] [--least-squares]
 
 DATA is the folder of PAD-UFES-20. Each seed becomes a study of its own, since its patients were divided before; the
 studies, their results and their pages stay in DIR, and what is finished is not computed again. With `--rounds` also
-two rounds of merging, and with `--federated` FedAvg over four, at the same epochs in all.
+two rounds of merging, and with `--federated` FedAvg over four, at the same epochs in all. With `--least-squares` heads
+of the last round are fitted in closed form.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ budgets: [epochs]
 curve: [0.5]
 federated: {federated}
 relay: {relay}
-heads: {{steps: 60, rounds: {heads}, merge: {{method: sum, scale: 0.5}}, restore: statistics}}
+heads: {{fit: {fit}, steps: 60, rounds: {heads}, merge: {{method: sum, scale: 0.5}}, restore: statistics}}
 output: ./results-{seed}
 """
 ONE = {"federated": "null", "relay": "null", "heads": "1"}
@@ -117,11 +118,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", action="store_true", help="two rounds, too; ten minutes a seed")
     parser.add_argument("--federated", action="store_true", help="FedAvg over four rounds, too; ten minutes a seed")
+    parser.add_argument("--least-squares", action="store_true", help="heads in closed form, not by 60 steps")
     chosen = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     chosen.out.mkdir(parents=True, exist_ok=True)
     for seed in chosen.seeds:
         more = {**(TWO if chosen.rounds else ONE), **({"federated": "{rounds: 4}"} if chosen.federated else {})}
+        more["fit"] = "least_squares" if chosen.least_squares else "steps"
         path = write_study(chosen.data, chosen.networks, chosen.out, seed, more)
         run(path, chosen.out, seed)
     print_table(chosen.out, chosen.seeds)

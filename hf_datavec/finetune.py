@@ -45,6 +45,7 @@ class Settings:
     freeze: tuple[str, ...] = ()
     seed: int = 0
     probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
+    least_squares: bool = False  # likewise the head alone, in closed form
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
@@ -94,7 +95,9 @@ def _probe(network: Network, base: Checkpoint, images: ImageSet, settings: Setti
 
     Source: Kumar et al. 2022, arXiv 2202.10054.
     """
-    if settings.probe_steps:
+    if settings.least_squares:
+        probe.fit_least_squares(network, base, images)
+    elif settings.probe_steps:
         alone = partial(_of_logits, loss)
         probe.fit(network, base, images, alone, steps=settings.probe_steps)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from networks import LABELS, make_images, make_network
+from networks import LABELS, make_images, make_network, write_recipe
 from safetensors.torch import load_file
 
 from hf_datavec import hub, models, probe
@@ -85,3 +85,47 @@ def test_a_head_of_several_layers_is_told(tmp_path):
     images = open_images(hub.parse(str(make_images(tmp_path / "images", each=2))))
     with pytest.raises(InputError, match="is no single linear layer"):
         probe.fit(network, two, images, torch.nn.functional.cross_entropy, steps=1)
+
+
+def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread(tmp_path, run):
+    make_network("test_resnet", tmp_path / "pretrained", labels=("a", "b"))
+    assert run("init", "./pretrained", "--labels", ",".join(LABELS), "-o", "base").code == 0
+    # One site has no image of the last class, the other ten times as many of it as of the first.
+    counts = {"north": dict(zip(LABELS, (12, 7, 0), strict=True)), "south": dict(zip(LABELS, (2, 3, 20), strict=True))}
+    for number, (site, each) in enumerate(counts.items()):
+        for label, count in each.items():
+            for place in (site, "all"):
+                folder = make_images(tmp_path / place / f"{site}-{label}", labels=(label,), each=count, seed=number)
+                for picture in (folder / label).glob("*.png"):
+                    into = tmp_path / place / label
+                    into.mkdir(exist_ok=True)
+                    picture.rename(into / f"{site}-{picture.name}")
+                (folder / label).rmdir()
+                folder.rmdir()
+    for place in (*counts, "all"):
+        options = ("--epochs", "0", "--least-squares", "--device", "cpu")
+        assert run("finetune", "./base", f"./{place}", *options, "-o", f"tuned-{place}").code == 0
+    for site in counts:
+        asked = ("--share-counts", "--with", "gram", "--images", f"./{site}", "--count", "1000", "--device", "cpu")
+        assert run("diff", "./base", f"./tuned-{site}", *asked, "-o", f"vector-{site}").code == 0
+        # Nothing but the head has moved, so its second moments are all that is shared.
+        (name,) = load_file(tmp_path / f"vector-{site}" / "gram.safetensors")
+        assert name.endswith("fc.weight")
+    merge = {"method": "regmean", "weights": "examples"}
+    sites = [f"./vector-{site}" for site in counts]
+    write_recipe(tmp_path / "recipe.yaml", base="./base", vectors=sites, merge=merge, recalibrate={"mode": "none"})
+    assert run("merge", "recipe.yaml", "-o", "fused").code == 0
+    fused, together, north = (
+        load_file(tmp_path / place / "model.safetensors")[name] for place in ("fused", "tuned-all", "tuned-north")
+    )
+    assert torch.allclose(fused, together, atol=1e-3 * float(together.abs().max()))
+    assert not torch.allclose(north, together, atol=0.1 * float(together.abs().max()))
+
+
+def test_least_squares_and_steps_are_not_asked_for_together(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=2)
+    outcome = run("finetune", "./base", "./images", "--least-squares", "--probe-steps", "5", "-o", "tuned")
+    assert outcome.code == 2
+    assert "--least-squares and --probe-steps both fit the head" in outcome.err
+    assert not (tmp_path / "tuned").exists()

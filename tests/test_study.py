@@ -388,6 +388,22 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
     assert {name for name in merged if not torch.equal(merged[name], headed[name])} == moved
 
 
+def test_a_round_of_heads_by_least_squares_gives_the_head_of_all_sites_images(clinic, run):
+    from safetensors.torch import load_file
+
+    heads = {"fit": "least_squares"}
+    write_study(clinic, seeds=[0], federated=None, relay=None, restore=["none"], heads=heads)
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    folder = clinic / "results" / "seed-0"
+    first, second = (
+        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-least-squares/round-*"))
+    )
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
+    rows = {row["name"] for row in json.loads((clinic / "results" / "results.json").read_text())["rows"]}
+    assert {"sum x 0.5, then heads by least squares, statistics", "heads alone by least squares"} <= rows
+
+
 def test_another_study_is_refused_in_the_same_folder(clinic, run):
     write_study(clinic, seeds=[0], federated=None, relay=None, heads=None)
     assert run("study", "study.yaml", "--device", "cpu").code == 0

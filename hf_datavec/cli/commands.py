@@ -57,6 +57,7 @@ def finetune(options: Namespace) -> None:
         freeze=tuple(options.freeze),
         seed=options.seed,
         probe_steps=options.probe_steps,
+        least_squares=options.least_squares,
     )
     examples = site.finetune(
         options.base, options.images, options.output, settings=settings, split=options.split, device=options.device

@@ -104,6 +104,11 @@ def _finetune(actions: Commands) -> None:
         help="steps of the head alone before everything is trained; 400 end a linear probe (default: %(default)s)",
     )
     train.add_argument(
+        "--least-squares",
+        action="store_true",
+        help="the same in closed form: `regmean` of such heads is the head of all sites' images (docs/evidence.md)",
+    )
+    train.add_argument(
         "--freeze",
         action="append",
         default=[],

@@ -67,8 +67,11 @@ def train(
     device: devices.Device = "auto",
 ) -> dict[str, int]:
     """`finetune` for a base and images that are open already."""
-    if settings.epochs == 0 and settings.probe_steps == 0:
-        raise InputError("no epochs and no probe steps: nothing would be trained", hint="use --epochs or --probe-steps")
+    if settings.epochs == 0 and settings.probe_steps == 0 and not settings.least_squares:
+        hint = "use --epochs, --probe-steps or --least-squares"
+        raise InputError("no epochs and no probe steps: nothing would be trained", hint=hint)
+    if settings.least_squares and settings.probe_steps:
+        raise InputError("--least-squares and --probe-steps both fit the head", hint="leave one of them out")
     refuse_existing(output)
     pictures.label_rows(checkpoint.labels)
     network = load(checkpoint.folder, device=devices.choose(device))
@@ -141,7 +144,7 @@ class Observed:
     """Which second moments are measured, on how many images of which set at most."""
 
     kinds: tuple[Kind, ...]
-    images: str
+    images: str | ImageSet
     split: str | None = None
     count: int = 256
     device: devices.Device = "auto"
@@ -153,7 +156,8 @@ def _second_moments(
     """Measure second moments on the site's images and write them beside the vector."""
     base, tuned = differences.base, differences.tuned
     names = base.named(Role.WEIGHT, Role.HEAD)
-    images = open_images(hub.parse(wanted.images), split=wanted.split)
+    given = wanted.images
+    images = open_images(hub.parse(given), split=wanted.split) if isinstance(given, str) else given
     count = min(wanted.count, len(images))
     spread = evenly_spread(len(images), count)
     network = load(place, device=devices.choose(wanted.device))
@@ -170,14 +174,27 @@ def _second_moments(
             for _ in range(done):
                 next(bar, None)
 
-        measure = curvature.fisher if kind == "fisher" else curvature.gram
-        values = measure(network, weights, pixels, count, notify=notify)
+        if kind == "fisher":
+            values = curvature.fisher(network, weights, pixels, count, notify=notify)
+        else:
+            # A round of heads moves nothing else, and what does not move is not weighed.
+            heads = base.named(Role.HEAD) if _is_head_alone(differences) else names
+            some = {name: value for name, value in weights.items() if name in heads}
+            values = curvature.gram(network, some, pixels, count, notify=notify)
         if kind == "fisher":  # no prediction depends on what is no parameter
             values = {name: values.get(name, tuned.read(name).float() * 0) for name in names}
         for name, value in sorted(values.items()):
-            vector.refuse_nonfinite(value, name, wanted.images)
+            vector.refuse_nonfinite(value, name, "second moments")
         found[kind] = second_moments.write(folder, kind, values, count)
     return found
+
+
+def _is_head_alone(differences: vector.TunedDifferences) -> bool:
+    """Whether the tuned network differs from its base in nothing but the head."""
+    base = differences.base
+    return all(
+        bool((base.tensors.read(name) == differences.tuned.read(name)).all()) for name in base.named(Role.WEIGHT)
+    )
 
 
 def _noised(

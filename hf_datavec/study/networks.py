@@ -102,17 +102,27 @@ class Seed:
             chosen["probe_steps"] = 0
         return Settings(**{**chosen, "epochs": chosen["epochs"] * share}, seed=self.number)
 
-    def vector(self, name: str, images: str, settings: Settings, *, base: Path | None = None) -> Path:
+    def vector(
+        self, name: str, images: str, settings: Settings, *, base: Path | None = None, with_gram: bool = False
+    ) -> Path:
         """The vector of a network trained on some images; trained now, or gone on with, if it is not kept yet."""
         kept, tuned = self.folder / "vectors" / name, self.folder / "tuned" / name
         base = base or self.place.base
         if kept.exists():
             return kept
+        device: Any = self.place.device.split(":")[0]
         if not tuned.exists():
             log.info("seed %d: %s trains for %g epochs", self.number, name, settings.epochs)
-            device: Any = self.place.device.split(":")[0]
             site.train(open_checkpoint(base), self.images(images), tuned, settings=settings, device=device)
-        site.diff(str(base), str(tuned), kept, with_statistics=has_statistics(base), share_counts=True)
+        own = self.images(images)
+        site.diff(
+            str(base),
+            str(tuned),
+            kept,
+            with_statistics=has_statistics(base),
+            share_counts=True,
+            observed=site.Observed(("gram",), own, count=len(own), device=device) if with_gram else None,
+        )
         shutil.rmtree(tuned)
         return kept
 

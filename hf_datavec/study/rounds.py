@@ -15,7 +15,7 @@ from hf_datavec.models import Network
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import slug
 from hf_datavec.study.restoring import Restorer
-from hf_datavec.study.sections import Combining
+from hf_datavec.study.sections import Combining, Heads
 
 FEDAVG, FEDAVG_MODE = Combining(method="linear", options={"normalize": True}, weights="examples"), "moments"
 
@@ -37,31 +37,39 @@ def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
     return found
 
 
-def with_heads(seed: Seed, steps: int, merge: Combining, mode: str, rounds: int = 1) -> Path:
-    """The fused model after a last round in which every site fitted the head alone, and heads were averaged."""
-    name = f"{slug(merge.name)}-{mode}-heads-{steps}"
+def with_heads(seed: Seed, heads: Heads, rounds: int = 1) -> Path:
+    """The fused model after a last round in which every site fitted the head alone, and heads were merged."""
+    merge, mode = heads.merge, heads.restore
+    name = f"{slug(merge.name)}-{mode}-heads-{kind(heads)}"
     if rounds > 1:
         fused = relay(seed, rounds, merge, mode)[-1]
-        return _averaged_heads(seed, f"{name}-{rounds}", steps, fused, fused.with_name(f"heads-{steps}"))
+        return _merged_heads(seed, f"{name}-{rounds}", heads, fused, fused.with_name(f"heads-{kind(heads)}"))
     first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
     if not first.exists():
         network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
         seed.write(network, open_checkpoint(seed.place.base), first)
-    return _averaged_heads(seed, f"{name}/round-2", steps, first, second)
+    return _merged_heads(seed, f"{name}/round-2", heads, first, second)
 
 
-def heads_alone(seed: Seed, steps: int) -> Path:
-    """The control: the base, which nobody trained, with the mean of the heads that the sites fitted to it."""
-    name = f"heads-alone-{steps}"
-    return _averaged_heads(seed, name, steps, seed.place.base, seed.folder / "rounds" / name)
+def heads_alone(seed: Seed, heads: Heads) -> Path:
+    """The control: the base, which nobody trained, with the heads that the sites fitted to it, merged."""
+    name = f"heads-alone-{kind(heads)}"
+    return _merged_heads(seed, name, heads, seed.place.base, seed.folder / "rounds" / name)
 
 
-def _averaged_heads(seed: Seed, name: str, steps: int, base: Path, place: Path) -> Path:
+def kind(heads: Heads) -> str:
+    """How heads are fitted, as folders tell it."""
+    return "least-squares" if heads.fit == "least_squares" else str(heads.steps)
+
+
+def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) -> Path:
     if not place.exists():
-        settings = replace(seed.settings(share=0), probe_steps=steps)
-        vectors = [seed.vector(f"{name}/{site}", site, settings, base=base) for site in seed.sites]
+        closed = heads.fit == "least_squares"
+        settings = replace(seed.settings(share=0), probe_steps=0 if closed else heads.steps, least_squares=closed)
+        vectors = [seed.vector(f"{name}/{site}", site, settings, base=base, with_gram=closed) for site in seed.sites]
         # Nothing but the head has moved, so the statistics of the base still fit.
-        network = fuse_and_restore(seed, vectors, Combining(method="mean"), "none", base)
+        merge = Combining(method="regmean", weights="examples") if closed else Combining(method="mean")
+        network = fuse_and_restore(seed, vectors, merge, "none", base)
         seed.write(network, open_checkpoint(base), place)
     return place
 

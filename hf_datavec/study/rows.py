@@ -161,18 +161,20 @@ class Measuring:
                 yield self.get(row, partial(self._relayed, count, chosen.merge, chosen.restore))
         if study.heads:
             again = study.heads
+            closed = again.fit == "least_squares"
+            key, how = ("least squares", " by least squares") if closed else (f"{again.steps} steps", "")
             for count in range(1, again.rounds + 1):
                 before = f", {count} rounds" if count > 1 else ""
-                row = Row(f"{again.merge.name}{before}, then heads", "relay", again.restore)
-                yield self.get(row, partial(self._with_heads, again, count), key=f"{again.steps} steps")
-            row = Row("heads alone, averaged", "control")
-            yield self.get(row, partial(self._heads_alone, again.steps), key=f"{again.steps} steps")
+                row = Row(f"{again.merge.name}{before}, then heads{how}", "relay", again.restore)
+                yield self.get(row, partial(self._with_heads, again, count), key=key)
+            row = Row(f"heads alone{how or ', averaged'}", "control")
+            yield self.get(row, partial(self._heads_alone, again), key=key)
 
     def _with_heads(self, heads: Heads, rounds: int) -> Floats:
-        return self._loaded(with_heads(self.seed, heads.steps, heads.merge, heads.restore, rounds))
+        return self._loaded(with_heads(self.seed, heads, rounds))
 
-    def _heads_alone(self, steps: int) -> Floats:
-        return self._loaded(heads_alone(self.seed, steps))
+    def _heads_alone(self, heads: Heads) -> Floats:
+        return self._loaded(heads_alone(self.seed, heads))
 
     def _relayed(self, rounds: int, merge: Combining, mode: str) -> Floats:
         return self._loaded(relay(self.seed, rounds, merge, mode)[-1])

@@ -102,7 +102,13 @@ class Relay(Section):
 
 
 class Heads(Section):
-    """A last round that costs a site seconds: everyone fits a head to the fused network, and heads are averaged."""
+    """A last round that costs a site seconds: everyone fits a head to the fused network, and heads are merged.
+
+    Heads fitted by `steps` are averaged; those by `least_squares` are merged by `regmean`, which gives the head of all
+    sites' images together.
+    """
+
+    fit: Literal["steps", "least_squares"] = "steps"
 
     # Up to how many rounds of merging come before it, which share the epochs out; each number has a row.
     rounds: Annotated[int, Field(ge=1)] = 1
