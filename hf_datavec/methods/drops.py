@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 Epsilon = Annotated[float, Between(0, 0.5)]
 
 
-def _dropped(vectors: "Tensor", density: float, generators: "Sequence[Draws]") -> "Tensor":
-    import torch
-
-    return torch.stack([draws.keep(vector, density) for vector, draws in zip(vectors, generators, strict=True)])
+def _dropped(vectors: "Tensor", density: float, generators: "Sequence[Draws]") -> "list[Tensor]":
+    return [draws.keep(vector, density) for vector, draws in zip(vectors, generators, strict=True)]
 
 
 @method(

@@ -5,6 +5,7 @@ as large as the one at the boundary stay in, so how many are kept is exact whene
 """
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from hf_datavec.methods import Between, Scope, method
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 Density = Annotated[float, Between(0.0001, 1)]
 
 
-def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tensor":
-    """The sum, or weighted average, of those w_j tau_j whose sign is that of the sum of all of them.
+def agreeing(vectors: "Tensor | Sequence[Tensor]", weights: "Tensor", *, normalize: bool) -> "Tensor":
+    """The sum, or weighted average, of those w_j tau_j whose sign is that of the sum of all of them, one row each.
 
     Where the sum is zero no sign is elected and the result is zero.
 
@@ -44,12 +45,15 @@ def agreeing(vectors: "Tensor", weights: "Tensor", *, normalize: bool) -> "Tenso
     agreed = sizes.add_(total.abs_()).mul_(elected)
     if not normalize:
         return agreed.div_(2)
-    divisor = torch.addcmul(present.double(), elected, balance.double())
+    chosen = elected.to(present.dtype)
+    divisor = present.addcmul_(chosen, balance)
     # Where no sign is elected, zero is divided by one more than nothing; any other divisor stays as it is.
-    return agreed.div_(divisor.sub_(elected.abs_().sub_(1)))
+    return agreed.div_(divisor.sub_(chosen.abs_().sub_(1)))
 
 
-def _agreeing_weighted(vectors: "Tensor", factors: list[float], elected: "Tensor", *, normalize: bool) -> "Tensor":
+def _agreeing_weighted(
+    vectors: "Tensor | Sequence[Tensor]", factors: list[float], elected: "Tensor", *, normalize: bool
+) -> "Tensor":
     """The same for any weights, which differences of sums would lose when they are unlike or cancel."""
     import torch
 
@@ -64,15 +68,15 @@ def _agreeing_weighted(vectors: "Tensor", factors: list[float], elected: "Tensor
     return total.div_(divisor).masked_fill_(divisor == 0, 0.0) if normalize else total
 
 
-def trimmed(vectors: "Tensor", thresholds: "Tensor") -> "Tensor":
-    """The vectors with zero for values below the last threshold, and above the first where there are two."""
+def trimmed(vectors: "Tensor", thresholds: "Tensor") -> "list[Tensor]":
+    """The vectors one by one, with zero below the last threshold, and above the first where there are two."""
     import torch
     from torch.nn.functional import hardshrink
 
     bounds = thresholds.to(vectors.dtype)
     # `hardshrink` keeps what is above a bound; the next smaller number keeps the bound itself, too.
     below = torch.nextafter(bounds[:, -1], torch.zeros_like(bounds[:, -1])).tolist()
-    kept = torch.stack([hardshrink(vector, least) for vector, least in zip(vectors, below, strict=True)])
+    kept = [hardshrink(vector, least) for vector, least in zip(vectors, below, strict=True)]
     if thresholds.shape[1] == 2:
         for vector, row, most in zip(vectors, kept, bounds[:, 0].tolist(), strict=True):
             row -= hardshrink(vector, most)
