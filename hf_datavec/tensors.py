@@ -99,9 +99,9 @@ class StoredTensors:
         import numpy as np
 
         record = self.records[name]
-        mapped = self._opened("numpy", record.file, partial(np.memmap, mode="r"))
-        part = np.asarray(mapped[record.start : record.start + record.nbytes])
-        found: NDArray[np.generic] = part.view(NUMPY_NAMES[record.dtype]).reshape(record.shape)
+        content = self._opened("bytes", record.file, _mapped)
+        kind, count = np.dtype(NUMPY_NAMES[record.dtype]), math.prod(record.shape)
+        found: NDArray[np.generic] = np.frombuffer(content, kind, count, record.start).reshape(record.shape)
         return found
 
     def _opened(self, library: str, file: Path, opening: Callable[[Path], Any]) -> Any:
@@ -120,8 +120,15 @@ class StoredTensors:
 
         It does not depend on how tensors are spread over files, nor on a file's metadata.
         """
+        # From the mapping that `array` reads, so that its pages are not asked for twice.
+        contents = {file: self._opened("bytes", file, _mapped) for file in self.files}
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-            hashes = list(pool.map(hash_of, (self.records[name] for name in sorted(self.records))))
+            hashes = list(
+                pool.map(
+                    lambda record: _hash(contents[record.file], record),
+                    (self.records[name] for name in sorted(self.records)),
+                )
+            )
         return combined_digest(zip((self.records[name] for name in sorted(self.records)), hashes, strict=True))
 
 
@@ -146,11 +153,19 @@ def combined_digest(parts: Iterable[tuple[Record, str]]) -> str:
 
 def hash_of(record: Record) -> str:
     """The hash of a stored tensor's bytes."""
-    if not record.nbytes:
-        return blake3().hexdigest()
-    with open(record.file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        with memoryview(view) as whole, whole[record.start : record.start + record.nbytes] as part:
-            return blake3(part).hexdigest()
+    with _mapped(record.file) as content:
+        return _hash(content, record)
+
+
+def _hash(content: mmap.mmap, record: Record) -> str:
+    with memoryview(content) as whole, whole[record.start : record.start + record.nbytes] as part:
+        return blake3(part).hexdigest()
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    """The bytes of a file that holds some, not to be written to."""
+    with open(file, "rb") as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def open_file(path: Path) -> StoredTensors:

@@ -45,7 +45,7 @@ def import_ahead(*modules: str) -> None:
 
     def load() -> None:
         # Who needs the module meets its error, too, and tells it.
-        with _without_collection(), contextlib.suppress(ImportError):
+        with without_collection(), contextlib.suppress(ImportError):
             for module in modules:
                 importlib.import_module(module)
 
@@ -53,8 +53,8 @@ def import_ahead(*modules: str) -> None:
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    # Hardly anything that an import makes is garbage, and looking for some is a fifth of its time.
+def without_collection() -> Iterator[None]:
+    """Collect no garbage: hardly anything that an import makes is any, and looking for it is a fifth of its time."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -144,11 +144,12 @@ def plan(options: Namespace) -> None:
 
 
 def merge(options: Namespace) -> None:
-    from hf_datavec.cli.shown import evaluation_table, search_table
-    from hf_datavec.pipeline import coordinator
-    from hf_datavec.threads import tune_process
+    from hf_datavec.threads import tune_process, without_collection
 
     tune_process()
+    with without_collection():
+        from hf_datavec.cli.shown import evaluation_table, search_table
+        from hf_datavec.pipeline import coordinator
     result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
     output = _near(result.output)
     if options.json:

@@ -35,12 +35,16 @@ from hf_datavec.pipeline.prepare import (
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
+from hf_datavec.threads import import_ahead
 from hf_datavec.vector import TaskVector
 
 if TYPE_CHECKING:
     pass
 
 log = logging.getLogger(__name__)
+
+# What plots and cards need in the end, imported while tensors are combined.
+DESCRIBING = ("PIL.ImageDraw", "PIL.ImageFont", "huggingface_hub.repocard_data")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str])
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
     chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
+    import_ahead(*DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
     with _staged(output) as folder:
         processes.on_main(
