@@ -35,7 +35,7 @@ budgets: [epochs]
 curve: [0.5]
 federated: {federated}
 relay: {relay}
-heads: {{fit: {fit}, steps: 60, rounds: {heads}, merge: {{method: sum, scale: 0.5}}, restore: statistics}}
+heads: {{{fit}, rounds: {heads}, merge: {{method: sum, scale: 0.5}}, restore: statistics}}
 output: ./results-{seed}
 """
 ONE = {"federated": "null", "relay": "null", "heads": "1"}
@@ -124,7 +124,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     for seed in chosen.seeds:
         more = {**(TWO if chosen.rounds else ONE), **({"federated": "{rounds: 4}"} if chosen.federated else {})}
-        more["fit"] = "least_squares" if chosen.least_squares else "steps"
+        more["fit"] = "fit: least_squares" if chosen.least_squares else "steps: 60"
         path = write_study(chosen.data, chosen.networks, chosen.out, seed, more)
         run(path, chosen.out, seed)
     print_table(chosen.out, chosen.seeds)

@@ -50,10 +50,14 @@ class TensorEntry(_Part):
 
 
 class SecondMoment(_Part):
-    """One file of second moments beside the vector: the digest of its tensors and how many images it is of."""
+    """One file of second moments beside the vector: the digest of its tensors and how many images it is of.
+
+    `only` says that nothing but the head had moved, so that the file is of the head alone.
+    """
 
     content: str
     images: int = Field(ge=1)
+    only: Literal["head"] | None = None
 
 
 class StatisticsNoise(_Part):

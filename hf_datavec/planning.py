@@ -84,6 +84,22 @@ def _second_moment_errors(merge: Merge, contributions: Sequence[Contribution]) -
                     problem = f"the method '{name}' needs {FROM_SITES[kind]}, but '{one.name}' brings none"
                     hint = f"the site can add them: hf-datavec diff --with {kind} --images IMAGES"
                     yield InputError(problem, hint=hint)
+            yield from _uneven_errors(name, kind, contributions)
+
+
+def _uneven_errors(method: str, kind: str, contributions: Sequence[Contribution]) -> Iterator[InputError]:
+    """Sites whose second moments are of fewer tensors than another's; without them nobody's would count."""
+    brought = {
+        one.name: set(one.source.beside.tensors[kind].records)
+        for one in contributions
+        if isinstance(one.source, TaskVector) and kind in one.source.beside.entries
+    }
+    everything = set[str]().union(*brought.values())
+    for name, found in brought.items():
+        if missing := sorted(everything - found):
+            problem = f"the method '{method}' needs {FROM_SITES[kind]}, but '{name}' lacks those of {listed(missing)}"
+            hint = "other sites bring them; merge rounds of heads with each other, and whole vectors with each other"
+            yield InputError(problem, hint=hint)
 
 
 def _average_errors(plan: Plan) -> Iterator[InputError]:

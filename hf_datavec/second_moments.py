@@ -26,6 +26,7 @@ WHAT = {
     "fisher": "the diagonal of the Fisher information: how strongly predictions depend on each weight",
     "gram": "the products of the inputs of each linear or convolutional layer with each other",
 }
+HEAD = "the products of the head's inputs with each other"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,6 +67,8 @@ class StoredTensors:
     """Named tensors in one or several safetensors files; memory-mapped, read when asked for."""
 
     records: Mapping[str, Record]
+    # Sizes and times of change of the files when their headers were read.
+    stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
     def _files(self) -> dict[tuple[str, Path], tuple[Any, tuple[int, int]]]:
@@ -106,12 +108,13 @@ class StoredTensors:
 
     def _opened(self, library: str, file: Path, opening: Callable[[Path], Any]) -> Any:
         now = _stamp(file)
-        if (library, file) not in self._files:
-            self._files[library, file] = opening(file), now
-        opened, stamp = self._files[library, file]
+        opened, stamp = self._files.get((library, file), (None, self.stamps.get(file, now)))
         if now != stamp:
             # Seen before it is touched: beyond the end of a file that was cut, a mapping ends the process.
             raise RunError(f"'{file}' was changed while it was being read", hint="let it be, and run again")
+        if opened is None:
+            opened = opening(file)
+            self._files[library, file] = opened, stamp
         return opened
 
     @cached_property
@@ -173,7 +176,8 @@ def open_file(path: Path) -> StoredTensors:
 
     Raises: InputError for a missing, truncated or malformed file, and for tensor names that are paths.
     """
-    return StoredTensors(_read_header(path))
+    stamps = {path: _stamp(path)} if path.is_file() else {}
+    return StoredTensors(_read_header(path), stamps)
 
 
 def open_folder(folder: Path) -> StoredTensors:
@@ -203,9 +207,12 @@ def _open_shards(folder: Path, index: Path) -> StoredTensors:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"'{index}' is not a safetensors index: {error!r}") from None
     records: dict[str, Record] = {}
+    stamps: dict[Path, tuple[int, int]] = {}
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise InputError(f"'{index}' names the file '{shard}', expected a .safetensors file beside it")
+        if (folder / shard).is_file():
+            stamps[folder / shard] = _stamp(folder / shard)
         found = _read_header(folder / shard)
         strange = {name for name in found if shard_of.get(name) != shard}
         if strange:
@@ -214,7 +221,7 @@ def _open_shards(folder: Path, index: Path) -> StoredTensors:
     missing = set(shard_of) - set(records)
     if missing:
         raise InputError(f"'{index}' names tensors that no shard holds: {listed(missing)}")
-    return StoredTensors(records)
+    return StoredTensors(records, stamps)
 
 
 def _read_header(path: Path) -> dict[str, Record]:

@@ -100,7 +100,13 @@ class TunedDifferences:
         if self.base.roles[name] is Role.HEAD and self.base.labels != self.labels:
             ours = rows_by_label(ours, self.base.labels, self.labels)
         difference = self._between(name, ours, theirs)
-        refuse_nonfinite(difference, name, self.tuned.text)
+        if not math.isfinite(float(difference.sum())):
+            for tensor, where in (
+                (ours, str(self.base.folder)),
+                (theirs, self.tuned.text),
+                (difference, self.tuned.text),
+            ):
+                refuse_nonfinite(tensor, name, where)
         return difference
 
     def parts(self, name: str) -> Parts:
@@ -187,7 +193,7 @@ def refuse_nonfinite(tensor: torch.Tensor, name: str, where: str) -> None:
 
 def tool_versions() -> dict[str, str]:
     """The versions that decide the bytes of a result."""
-    return {"hf-datavec": __version__, **{name: version(name) for name in ("safetensors", "torch")}}
+    return {"hf-datavec": __version__, **{name: version(name) for name in ("numpy", "safetensors", "torch")}}
 
 
 def open_vector(folder: Path) -> TaskVector:

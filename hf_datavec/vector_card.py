@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_datavec.card import LEAK_WARNING, metadata
 from hf_datavec.checkpoint import Role
 from hf_datavec.manifest import Manifest
-from hf_datavec.second_moments import WHAT, file_name
+from hf_datavec.second_moments import HEAD, WHAT, file_name
 from hf_datavec.tables import markdown_table
 
 
@@ -66,11 +66,11 @@ def _second_moments_text(manifest: Manifest) -> str:
     if not manifest.second_moments:
         return ""
     lines = [
-        f"* `{file_name(kind)}`: {WHAT[kind]}; of {entry.images} images.\n"
+        f"* `{file_name(kind)}`: {HEAD if entry.only else WHAT[kind]}; of {entry.images} images.\n"
         for kind, entry in manifest.second_moments.items()
     ]
     return (
-        "\n## Second moments\n\nFor methods that weigh single weights (`fisher`, `regmean`) the site shares more than "
+        "\n## Second moments\n\nFor the methods `fisher` and `regmean` the site shares more than "
         "its vector. **These files summarise its private images.**\n\n" + "".join(lines)
     )
 

@@ -111,6 +111,10 @@ def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread
         # Nothing but the head has moved, so its second moments are all that is shared.
         (name,) = load_file(tmp_path / f"vector-{site}" / "gram.safetensors")
         assert name.endswith("fc.weight")
+        assert (
+            "the products of the head's inputs with each other; of"
+            in (tmp_path / f"vector-{site}/README.md").read_text()
+        )
     merge = {"method": "regmean", "weights": "examples"}
     sites = [f"./vector-{site}" for site in counts]
     write_recipe(tmp_path / "recipe.yaml", base="./base", vectors=sites, merge=merge, recalibrate={"mode": "none"})
@@ -129,3 +133,39 @@ def test_least_squares_and_steps_are_not_asked_for_together(tmp_path, run):
     assert outcome.code == 2
     assert "--least-squares and --probe-steps both fit the head" in outcome.err
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_round_of_heads_is_not_merged_with_whole_vectors_by_regmean(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=4)
+    ways = {"head": ("--epochs", "0", "--least-squares"), "whole": ("--epochs", "1", "--learning-rate", "0.01")}
+    for site, options in ways.items():
+        more = ("--batch-size", "4", "--warmup", "0", "--device", "cpu")
+        assert run("finetune", "./base", "./images", *options, *more, "-o", f"tuned-{site}").code == 0
+        asked = ("--share-counts", "--with", "gram", "--images", "./images", "--device", "cpu")
+        assert run("diff", "./base", f"./tuned-{site}", *asked, "-o", f"vector-{site}").code == 0
+    merge = {"method": "regmean", "weights": "examples"}
+    write_recipe(tmp_path / "recipe.yaml", base="./base", vectors=["./vector-head", "./vector-whole"], merge=merge)
+    outcome = run("merge", "recipe.yaml", "-o", "fused")
+    assert outcome.code == 2
+    assert "'vector-head' lacks those of" in outcome.err
+    assert not (tmp_path / "fused").exists()
+
+
+def test_fewer_images_than_the_head_was_fitted_to_are_told(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=4)
+    assert run("finetune", "./base", "./images", "--epochs", "0", "--least-squares", "-o", "tuned").code == 0
+    asked = ("--with", "gram", "--images", "./images", "--count", "5", "--device", "cpu")
+    outcome = run("diff", "./base", "./tuned", *asked, "-o", "vector")
+    assert outcome.code == 0
+    assert "the Gram matrix is of 5 of 12 images; --count 12 makes it that of all" in outcome.err
+
+
+def test_least_squares_do_not_pass_for_class_balanced(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=2)
+    options = ("--least-squares", "--class-balanced", "--epochs", "0", "-o", "tuned")
+    outcome = run("finetune", "./base", "./images", *options)
+    assert outcome.code == 2
+    assert "--least-squares counts every image alike, not every class" in outcome.err

@@ -80,6 +80,7 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("sites: {count: 2}\nmerges: [{method: krum}]", "merges[0].method: the method 'krum'"),
         ("relay: {merge: {methd: sum}}", "relay.merge: unknown key 'methd'"),
         ("seeds: [1, 1]", "seeds: the seed 1 is given twice"),
+        ("heads: {fit: least_squares, steps: 5}", "heads.steps: heads by least squares take no steps"),
     ],
 )
 def test_keys_that_contradict_or_lack_each_other_are_told(lines, said):

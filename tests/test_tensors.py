@@ -370,3 +370,19 @@ def test_index_and_shards_must_agree(tmp_path):
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "y.safetensors"}}))
     with pytest.raises(InputError, match=r"there is no file '.*y.safetensors'"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["longer header", "cut", "empty", "gone"])
+@pytest.mark.parametrize("look", ["read", "array", "digest"])
+def test_a_file_that_changes_after_its_header_was_read_is_not_read_by_that_header(change, look, tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    opened, content = open_file(path), path.read_bytes()
+    if change == "longer header":
+        save_file({"a": torch.ones(1000)}, path, metadata={"made": "again" * 20})
+    elif change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if change == "cut" else b"")
+    with pytest.raises(RunError, match=r"was changed while it was being read|cannot read"):
+        opened.digest if look == "digest" else getattr(opened, look)("a")

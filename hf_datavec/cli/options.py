@@ -106,7 +106,8 @@ def _finetune(actions: Commands) -> None:
     train.add_argument(
         "--least-squares",
         action="store_true",
-        help="the same in closed form: `regmean` of such heads is the head of all sites' images (docs/evidence.md)",
+        help="the head in closed form instead; with --epochs 0, `regmean` by examples of such heads, each with the "
+        "Gram matrix of all its site's images, is the head of all images together (docs/evidence.md)",
     )
     train.add_argument(
         "--freeze",

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_datavec import automatic, heatmap, hub, lineage, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
@@ -37,9 +36,6 @@ from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.threads import import_ahead
 from hf_datavec.vector import TaskVector
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_datavec import fuse, tensors
 from hf_datavec.checkpoint import Role
@@ -16,9 +15,6 @@ from hf_datavec.metrics import Estimate
 from hf_datavec.pipeline import lock
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.prepare import Prepared
-
-if TYPE_CHECKING:
-    pass
 
 EVALUATION_FILE = "evaluation.json"
 

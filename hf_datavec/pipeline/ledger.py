@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from hf_datavec import processes
+from hf_datavec import processes, sums
 from hf_datavec.errors import InputError
 from hf_datavec.plan import Plan
 from hf_datavec.tensors import MODEL_FILE, Record, hash_of
@@ -77,6 +77,7 @@ def key_of(plan: Plan, device: str) -> str:
         "coefficients": dict(plan.coefficients),
         "tools": tool_versions(),
         "device": device,
+        "by_torch": not sums.suffice(plan, device),
     }
     text = json.dumps(decisive, sort_keys=True, default=str)
     return f"blake3:{blake3(text.encode()).hexdigest()}"

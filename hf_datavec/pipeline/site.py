@@ -72,6 +72,9 @@ def train(
         raise InputError("no epochs and no probe steps: nothing would be trained", hint=hint)
     if settings.least_squares and settings.probe_steps:
         raise InputError("--least-squares and --probe-steps both fit the head", hint="leave one of them out")
+    if settings.least_squares and settings.class_balanced and settings.epochs == 0:
+        hint = "leave --class-balanced out, or use --probe-steps"
+        raise InputError("--least-squares counts every image alike, not every class", hint=hint)
     refuse_existing(output)
     pictures.label_rows(checkpoint.labels)
     network = load(checkpoint.folder, device=devices.choose(device))
@@ -178,23 +181,27 @@ def _second_moments(
             values = curvature.fisher(network, weights, pixels, count, notify=notify)
         else:
             # A round of heads moves nothing else, and what does not move is not weighed.
-            heads = base.named(Role.HEAD) if _is_head_alone(differences) else names
-            some = {name: value for name, value in weights.items() if name in heads}
+            only = _is_head_alone(differences)
+            some = {name: value for name, value in weights.items() if not only or name in base.named(Role.HEAD)}
             values = curvature.gram(network, some, pixels, count, notify=notify)
+            if only and count < len(images):
+                text = "warning: the Gram matrix is of %d of %d images; --count %d makes it that of all"
+                log.warning(text, count, len(images), len(images))
         if kind == "fisher":  # no prediction depends on what is no parameter
             values = {name: values.get(name, tuned.read(name).float() * 0) for name in names}
         for name, value in sorted(values.items()):
             vector.refuse_nonfinite(value, name, "second moments")
         found[kind] = second_moments.write(folder, kind, values, count)
+        if kind == "gram" and only:
+            found[kind] = found[kind].model_copy(update={"only": "head"})
     return found
 
 
 def _is_head_alone(differences: vector.TunedDifferences) -> bool:
-    """Whether the tuned network differs from its base in nothing but the head."""
+    """Whether the tuned network differs from its base in nothing but the head, statistics included."""
     base = differences.base
-    return all(
-        bool((base.tensors.read(name) == differences.tuned.read(name)).all()) for name in base.named(Role.WEIGHT)
-    )
+    names = set(base.named(Role.WEIGHT, Role.STATISTIC)) & set(differences.tuned.names)
+    return all(bool((base.tensors.read(name) == differences.tuned.read(name)).all()) for name in sorted(names))
 
 
 def _noised(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_datavec import automatic, fuse, models
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
@@ -23,9 +23,6 @@ from hf_datavec.study.pictures import Part, Table, part
 from hf_datavec.study.sections import Combining, Study
 from hf_datavec.tensors import MODEL_FILE, Record
 from hf_datavec.writing import in_file_order, write_file
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -93,6 +93,8 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
             yield document.problem(("merges", index), f"'{one.name}' is given twice")
         names.append(one.name)
         yield from _merge_problems(document, study, ("merges", index), one)
+    if study.heads and study.heads.fit == "least_squares" and "steps" in study.heads.model_fields_set:
+        yield document.problem(("heads", "steps"), "heads by least squares take no steps", hint="leave it out")
     for key, later in (("relay", study.relay), ("heads", study.heads)):
         if later:
             yield from _merge_problems(document, study, (key, "merge"), later.merge)

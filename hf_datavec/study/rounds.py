@@ -66,6 +66,7 @@ def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) 
     if not place.exists():
         closed = heads.fit == "least_squares"
         settings = replace(seed.settings(share=0), probe_steps=0 if closed else heads.steps, least_squares=closed)
+        settings = replace(settings, class_balanced=settings.class_balanced and not closed)
         vectors = [seed.vector(f"{name}/{site}", site, settings, base=base, with_gram=closed) for site in seed.sites]
         # Nothing but the head has moved, so the statistics of the base still fit.
         merge = Combining(method="regmean", weights="examples") if closed else Combining(method="mean")

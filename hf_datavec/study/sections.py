@@ -105,7 +105,7 @@ class Heads(Section):
     """A last round that costs a site seconds: everyone fits a head to the fused network, and heads are merged.
 
     Heads fitted by `steps` are averaged; those by `least_squares` are merged by `regmean`, which gives the head of all
-    sites' images together.
+    sites' images together. `merge` and `restore` are those of the rounds before.
     """
 
     fit: Literal["steps", "least_squares"] = "steps"
