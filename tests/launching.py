@@ -16,9 +16,10 @@ PATIENCE = 200
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a process that must find this package and use one thread, as torchrun has it: convolutions
-    round by the number of threads."""
+    round by the number of threads. Processes meet on loopback, which a machine without a network has, too."""
     package = str(Path(hf_datavec.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **more}
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, **more}
 
 
 def start_all(processes: int, arguments: Sequence[object], folder: Path) -> list[subprocess.Popen[str]]:

@@ -72,7 +72,7 @@ def launched(processes: int, *command: object) -> list[str]:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     return [*start, *map(str, command)]
 
 

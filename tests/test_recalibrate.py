@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import environment
 from networks import WITH_BATCH_NORM, make_images, make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -158,11 +159,12 @@ def test_the_number_of_processes_changes_neither_statistics_nor_predictions(proc
     expected = predict(network, open_images(hub.parse(str(images))), batch_size=8).probabilities
     (tmp_path / "run.py").write_text(PROCESSES)
     launch = ["torch.distributed.run", "--nproc_per_node", processes, "--rdzv-backend", "c10d"]
-    arguments = ["--rdzv-endpoint", "127.0.0.1:0", tmp_path / "run.py", folder, images, tmp_path / "out.pt"]
+    launch += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    arguments = [tmp_path / "run.py", folder, images, tmp_path / "out.pt"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    own = environment(PYTHONPATH=path)
     command = [sys.executable, "-m", *map(str, launch + arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = torch.load(tmp_path / "out.pt")
     assert result["processes"] == processes
