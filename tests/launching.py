@@ -16,10 +16,12 @@ PATIENCE = 200
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a process that must find this package and use one thread, as torchrun has it: convolutions
-    round by the number of threads. Processes meet on loopback, which a machine without a network has, too."""
+    round by the number of threads. Processes meet on loopback, which a machine without a network has, too; torch's
+    warning that it has no name there is no message of ours."""
     package = str(Path(hf_datavec.__file__).parents[1])
     loopback = "lo0" if sys.platform == "darwin" else "lo"
-    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, **more}
+    quiet = {"GLOO_SOCKET_IFNAME": loopback, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **quiet, **more}
 
 
 def start_all(processes: int, arguments: Sequence[object], folder: Path) -> list[subprocess.Popen[str]]:
