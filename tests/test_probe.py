@@ -126,12 +126,19 @@ def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread
     assert not torch.allclose(north, together, atol=0.1 * float(together.abs().max()))
 
 
-def test_least_squares_and_steps_are_not_asked_for_together(tmp_path, run):
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (("--probe-steps", "5"), "--least-squares and --probe-steps both fit the head"),
+        (("--class-balanced", "--epochs", "0"), "--least-squares counts every image alike, not every class"),
+    ],
+)
+def test_what_least_squares_cannot_go_with_is_refused(more, problem, tmp_path, run):
     make_network("test_resnet", tmp_path / "base")
     make_images(tmp_path / "images", each=2)
-    outcome = run("finetune", "./base", "./images", "--least-squares", "--probe-steps", "5", "-o", "tuned")
+    outcome = run("finetune", "./base", "./images", "--least-squares", *more, "-o", "tuned")
     assert outcome.code == 2
-    assert "--least-squares and --probe-steps both fit the head" in outcome.err
+    assert problem in outcome.err
     assert not (tmp_path / "tuned").exists()
 
 
@@ -160,12 +167,3 @@ def test_fewer_images_than_the_head_was_fitted_to_are_told(tmp_path, run):
     outcome = run("diff", "./base", "./tuned", *asked, "-o", "vector")
     assert outcome.code == 0
     assert "the Gram matrix is of 5 of 12 images; --count 12 makes it that of all" in outcome.err
-
-
-def test_least_squares_do_not_pass_for_class_balanced(tmp_path, run):
-    make_network("test_resnet", tmp_path / "base")
-    make_images(tmp_path / "images", each=2)
-    options = ("--least-squares", "--class-balanced", "--epochs", "0", "-o", "tuned")
-    outcome = run("finetune", "./base", "./images", *options)
-    assert outcome.code == 2
-    assert "--least-squares counts every image alike, not every class" in outcome.err

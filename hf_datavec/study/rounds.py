@@ -65,8 +65,11 @@ def kind(heads: Heads) -> str:
 def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) -> Path:
     if not place.exists():
         closed = heads.fit == "least_squares"
-        settings = replace(seed.settings(share=0), probe_steps=0 if closed else heads.steps, least_squares=closed)
-        settings = replace(settings, class_balanced=settings.class_balanced and not closed)
+        alone = seed.settings(share=0)
+        # In closed form every image counts alike, whatever the loss was.
+        balanced = alone.class_balanced and not closed
+        steps = 0 if closed else heads.steps
+        settings = replace(alone, probe_steps=steps, least_squares=closed, class_balanced=balanced)
         vectors = [seed.vector(f"{name}/{site}", site, settings, base=base, with_gram=closed) for site in seed.sites]
         # Nothing but the head has moved, so the statistics of the base still fit.
         merge = Combining(method="regmean", weights="examples") if closed else Combining(method="mean")
