@@ -190,7 +190,7 @@ def _second_moments(
         if kind == "fisher":  # no prediction depends on what is no parameter
             values = {name: values.get(name, tuned.read(name).float() * 0) for name in names}
         for name, value in sorted(values.items()):
-            vector.refuse_nonfinite(value, name, "second moments")
+            vector.refuse_nonfinite(value, name, given if isinstance(given, str) else "the site's images")
         found[kind] = second_moments.write(folder, kind, values, count)
         if kind == "gram" and only:
             found[kind] = found[kind].model_copy(update={"only": "head"})
