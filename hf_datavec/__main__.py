@@ -7,11 +7,12 @@ import os
 import sys
 from typing import NoReturn
 
-from hf_datavec.cli import main
+from hf_datavec.cli import main, signals
 
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code."""
+    signals.listen()
     code = main()
     for stream in (sys.stdout, sys.stderr):
         try:

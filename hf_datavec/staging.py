@@ -14,6 +14,11 @@ from hf_datavec.errors import InputError, RunError
 
 Kept = Callable[[Path, BaseException], bool]
 
+# How often a folder is taken away to which other threads of a process that ends may still add files.
+TRIES = 5
+# What this process is building now: hidden folder to whether an error's leavings are kept.
+_unfinished: dict[Path, bool | Kept] = {}
+
 
 def refuse_existing(output: Path) -> None:
     """Raise InputError when something already stands where a result shall be written."""
@@ -42,9 +47,10 @@ def staged(output: Path, *, keep_unfinished: bool | Kept = False) -> Iterator[Pa
     refuse_existing(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(output)
-    with _locked(partial.with_suffix(".lock"), output):
+    with _locked(_lock_path(partial), output):
         if partial.exists() and not keep_unfinished:
             shutil.rmtree(partial)
+        _unfinished[partial] = keep_unfinished
         partial.mkdir(exist_ok=True)
         try:
             yield partial
@@ -52,9 +58,32 @@ def staged(output: Path, *, keep_unfinished: bool | Kept = False) -> Iterator[Pa
             refuse_existing(output)  # somebody may have made it while we worked
             os.rename(partial, output)
         except BaseException as error:
-            if not (keep_unfinished(partial, error) if callable(keep_unfinished) else keep_unfinished):
-                shutil.rmtree(partial, ignore_errors=True)
+            _abandon(partial, error)
             raise
+        finally:
+            del _unfinished[partial]
+
+
+def abandon_all(error: BaseException) -> None:
+    """Do for every folder that is being built now what its block would do if it met the error; for a process that
+    ends without leaving its blocks."""
+    for partial in list(_unfinished):
+        _abandon(partial, error)
+        _lock_path(partial).unlink(missing_ok=True)
+
+
+def _abandon(partial: Path, error: BaseException) -> None:
+    keep = _unfinished[partial]
+    if keep(partial, error) if callable(keep) else keep:
+        return
+    for _ in range(TRIES):
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            break
+
+
+def _lock_path(partial: Path) -> Path:
+    return partial.with_suffix(".lock")
 
 
 @contextlib.contextmanager

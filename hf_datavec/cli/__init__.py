@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 
 from hf_datavec import processes
-from hf_datavec.cli import signals
 from hf_datavec.errors import DatavecError, InputError
 
 # The commands that share their work out; the others read little, or train, where more processes change the result.
@@ -68,7 +67,6 @@ def _prepare() -> None:
     if not logger.handlers:
         logger.addHandler(_Stderr())
         logger.setLevel(logging.INFO)
-    signals.listen()
 
 
 class _Stderr(logging.Handler):
