@@ -1,14 +1,18 @@
-"""Weighted sums of vectors by numpy, from mapped files: torch takes longer to start than they take to be added up."""
+"""Sums of vectors, or of some order statistics of theirs, by numpy and from mapped files.
+
+torch takes longer to start than they take to be added up.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.geometry import products_of_rows
-from hf_datavec.methods import Factors, all_methods
+from hf_datavec.methods import Factors, Method, all_methods
 from hf_datavec.plan import Plan, Step
 from hf_datavec.recipe import Recipe
 from hf_datavec.tensors import NUMPY_NAMES, StoredTensors
@@ -41,7 +45,7 @@ def expected(recipe: Recipe, base: Checkpoint) -> bool:
 def suffice(plan: Plan, device: object) -> bool:
     """Whether every tensor of a plan is a sum that this module can make, on a CPU.
 
-    Methods must not look at vectors, nothing may be clipped, and numpy must know the types; heads must have the same
+    Methods must be sums, nothing may be clipped, and numpy must know the types; heads must have the same
     rows everywhere.
     """
     if str(device) != "cpu" or plan.recipe.merge.clip is not None or not isinstance(plan.base.tensors, StoredTensors):
@@ -86,7 +90,8 @@ def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
     if not step.is_merged:
         kept = base[where.start : where.stop].astype(dtype, copy=False)
         return (step.name, kept, None) if step.role is Role.CONSTANT or np.isfinite(kept).all() else None
-    parts, factors = [one.source.arrays(step.name) for one in plan.contributions], _factors(plan, step)
+    parts = [one.source.arrays(step.name) for one in plan.contributions]
+    weights, options = [one.weight for one in plan.contributions], step.method.chosen(step.options)
     # Heads are not counted, and neither is what a search has combined already.
     counting = step.role is not Role.HEAD and not any(isinstance(one.source, Combination) for one in plan.contributions)
     seen, result = np.zeros((len(parts), len(parts))), np.empty(len(where), dtype)
@@ -94,20 +99,37 @@ def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
     for start in range(where.start, where.stop, SLICE):
         here = slice(start, min(start + SLICE, where.stop))
         rows = [part(here) for part in parts]
-        total, spare = room[:, : here.stop - start]
-        add(rows, factors, total, spare)
+        total = combine(step.method, rows, weights, options, room[:, : here.stop - start])
         if step.scale != 1:
             np.multiply(total, step.scale, out=total)
         values = result[start - where.start : here.stop - where.start]
         values[...] = np.add(total, base[here], out=total)
-        if not np.isfinite(values).all():
-            return None
-        if counting:
+        # A method that leaves values out may leave out the one that is not finite.
+        if counting or step.method.rows:
             seen += products_of_rows(rows)
+        if not (np.isfinite(values).all() and np.isfinite(seen.trace())):
+            return None
     return step.name, result, seen if counting else None
 
 
-def add(rows: Sequence[Array], factors: Factors, total: NDArray[np.float64], spare: NDArray[np.float64]) -> None:
+def combine(
+    method: Method,
+    rows: Sequence[Array],
+    weights: Sequence[float],
+    options: Mapping[str, Any],
+    room: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """The combination (d,) of the sites' rows (d,) by a method that is a sum, in float64; `room` (2, d) holds it."""
+    if method.rows is not None:
+        rows = method.rows(rows, importlib.import_module("numpy"), **options)
+        weights = [1.0] * len(rows)
+    assert method.factors is not None
+    total: NDArray[np.float64] = room[0]
+    _add(rows, method.factors(weights, **options), total, room[1])
+    return total
+
+
+def _add(rows: Sequence[Array], factors: Factors, total: NDArray[np.float64], spare: NDArray[np.float64]) -> None:
     """The sum of rows (d,) times their factors, in float64, in the order of the sites, into `total`."""
     import numpy as np
 
@@ -119,9 +141,3 @@ def add(rows: Sequence[Array], factors: Factors, total: NDArray[np.float64], spa
             np.add(total, np.multiply(row, factor, out=spare, dtype=np.float64), out=total)
     if factors.divisor != 1:
         np.divide(total, factors.divisor, out=total)
-
-
-def _factors(plan: Plan, step: Step) -> Factors:
-    assert step.method.factors is not None
-    weights = [one.weight for one in plan.contributions]
-    return step.method.factors(weights, **step.method.chosen(step.options))

@@ -189,14 +189,18 @@ def test_an_error_of_a_task_comes_in_its_turn():
 def test_exchanges_sort_every_coordinate(count):
     vectors = torch.randn(count, 500, generator=torch.Generator().manual_seed(count))
     vectors[:, ::7] = vectors[:, ::7].round()  # equal values, too
-    assert torch.equal(torch.stack(ordered(vectors)), vectors.sort(0).values)
+    assert torch.equal(torch.stack(ordered(vectors, range(count), torch)), vectors.sort(0).values)
 
 
 def test_exchanges_sort_every_pattern_of_zeros_and_ones():
     # By the 0-1 principle, a network that sorts these sorts everything.
     for count in range(1, 11):
         patterns = ((torch.arange(2**count)[None] >> torch.arange(count)[:, None]) & 1).float()
-        assert torch.equal(torch.stack(ordered(patterns)), patterns.sort(0).values)
+        ranked = patterns.sort(0).values
+        assert torch.equal(torch.stack(ordered(patterns, range(count), torch)), ranked)
+        for start in range(count):
+            for stop in range(start + 1, count + 1):  # some ranks by fewer exchanges
+                assert torch.equal(torch.stack(ordered(patterns, range(start, stop), torch)), ranked[start:stop])
 
 
 def test_numbers_belong_to_coordinates_wherever_a_slice_starts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,8 @@ def by_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tor
         return dict(fuse.run(plan, gram=gram)), gram
 
 
-def test_the_linear_methods_are_sums():
-    assert KNOWN == ["fedavg", "linear", "mean", "sum", "task_arithmetic"]
+def test_the_linear_methods_and_those_by_order_are_sums():
+    assert KNOWN == ["fedavg", "linear", "mean", "median", "sum", "task_arithmetic", "trimmed_mean"]
 
 
 @pytest.mark.parametrize("method", KNOWN)
@@ -73,17 +74,18 @@ def test_sums_are_those_of_torch(method, entry, dtype, sites, monkeypatch):
 
 
 @pytest.mark.parametrize("method", KNOWN)
-def test_a_methods_factors_are_those_of_its_function(method):
-    rows, weights = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)), [0.5, 1.0, 3.0, 0.1]
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_a_method_by_numpy_is_its_function(method, count):
+    rows = torch.randn(count, 100, generator=torch.Generator().manual_seed(0))
+    weights = [0.5, 1.0, 3.0, 0.1, 1.0, 1.0, 2.0][:count]
     known = all_methods()[method]
-    total, spare = np.empty(100), np.empty(100)
-    sums.add([row.numpy() for row in rows], known.factors(weights, **known.chosen({})), total, spare)
+    total = sums.combine(known, [row.numpy() for row in rows], weights, known.chosen({}), np.empty((2, 100)))
     expected = known.function(rows, torch.tensor(weights, dtype=torch.float64))
     torch.testing.assert_close(torch.from_numpy(total), expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("section", [{"method": "mean", "clip": "median"}, {"method": "ties"}])
-def test_what_looks_at_vectors_is_done_by_torch(section, sites):
+def test_what_needs_more_than_sums_is_done_by_torch(section, sites):
     assert not sums.suffice(planned(sites, **section), "cpu")
 
 
@@ -103,6 +105,18 @@ def test_what_is_not_finite_is_told_by_name(sites, tmp_path):
     plan = planned(sites, method="sum", scale=1e9, dtype="float16")
     with pytest.raises(InputError, match=r"the fused tensor '.*' does not fit F16 \(largest value"):
         dict(fuse.run(plan))
+
+
+@pytest.mark.parametrize("tensor", ["layer4.0.conv2.weight", "fc.bias"])
+@pytest.mark.parametrize("method", ["mean", "median"])
+def test_a_value_that_is_not_finite_is_told_even_where_it_would_be_left_out(tensor, method, sites, tmp_path):
+    for name in ("base", "tuned-0", "tuned-2"):
+        shutil.copytree(sites / name, tmp_path / name)
+    tensors = load_file(sites / "tuned-1" / "model.safetensors")
+    tensors[tensor].view(-1)[0] = float("inf")
+    save_with(sites / "tuned-1", tmp_path / "tuned-1", tensors)
+    with pytest.raises(InputError, match=rf"tuned-1': tensor '{tensor}' has 1 NaN or infinite value"):
+        dict(fuse.run(planned(tmp_path, entry="model", method=method)))
 
 
 @pytest.mark.parametrize("count", [2, FEW, FEW + 1])

@@ -59,8 +59,11 @@ class Method:
     ranks: Callable[..., tuple[int, ...]] | None = None
     # Why the method cannot merge a number of sites with these options, or None.
     refusal: Callable[..., str | None] | None = None
-    # Of a method that looks at no vector: the factors, from the sites' weights and the options.
+    # Of a method that is a sum: the factors, from the weights of what is summed and the options; numpy then does it.
     factors: Callable[..., Factors] | None = None
+    # What of each coordinate is summed where it is not the vectors themselves: other rows, from theirs, the library
+    # (numpy or torch) and the options. Each of them weighs 1.
+    rows: Callable[..., Sequence[Any]] | None = None
     # Whether the weights must be the sites' numbers of examples.
     needs_counts: bool = False
     # Whether `coefficients` are learned on public images before the merge.

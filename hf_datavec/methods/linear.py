@@ -35,7 +35,8 @@ def _alike(weights: Sequence[float]) -> Factors:
     return Factors([1.0] * len(weights))
 
 
-def _averaged(weights: Sequence[float]) -> Factors:
+def averaged(weights: Sequence[float], **_: object) -> Factors:
+    """What makes a mean of a sum."""
     return Factors([1.0] * len(weights), len(weights))
 
 
@@ -61,11 +62,11 @@ def add(vectors: "Tensor", weights: "Tensor") -> "Tensor":
 
 
 @method(
-    "mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False, factors=_averaged
+    "mean", formula="1/n sum_j tau_j", source="arXiv 2203.05482, uniform soup", uses_weights=False, factors=averaged
 )
 def mean(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The average of all vectors, each counted alike."""
-    return _sum(vectors, _averaged(weights.tolist()))
+    return _sum(vectors, averaged(weights.tolist()))
 
 
 @method(

@@ -4,11 +4,13 @@ The last three choose or weigh whole sites by the distances between their vector
 """
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
+import importlib
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from hf_datavec.methods import Between, Scope, method
-from hf_datavec.methods.linear import weighted_sum
+from hf_datavec.methods.linear import averaged, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,20 +25,43 @@ SETTLED = 1e-12
 ON_THE_MEDIAN = 1e-9
 
 
-def ordered(vectors: "Tensor") -> "list[Tensor]":
-    """The values of each coordinate in ascending order, by exchanges of whole rows; no coordinate is sorted alone.
+class Extremes(Protocol):
+    """The library that rows belong to: torch or numpy."""
+
+    def minimum(self, one: Any, two: Any, /) -> Any: ...
+
+    def maximum(self, one: Any, two: Any, /) -> Any: ...
+
+
+def ordered(rows: Sequence[Any], wanted: range, library: Extremes) -> list[Any]:
+    """The values of each coordinate of n rows (d,) at some of the n ranks, from the smallest, by exchanges of whole
+    rows; no coordinate is sorted alone, and what no wanted rank depends on is left out.
 
     Source: Batcher 1968, odd-even merge sort, as written in Knuth, volume 3, algorithm 5.2.2M.
     """
-    rows = list(vectors.unbind(0))
-    for place, other in _exchanges(len(rows)):
-        one, two = rows[place], rows[other]
-        rows[place], rows[other] = one.minimum(two), one.maximum(two)
-    return rows
+    found = list(rows)
+    for place, other, low, high in _exchanges(len(found), wanted):
+        one, two = found[place], found[other]
+        if low:
+            found[place] = library.minimum(one, two)
+        if high:
+            found[other] = library.maximum(one, two)
+    return found[wanted.start : wanted.stop]
 
 
 @cache
-def _exchanges(count: int) -> tuple[tuple[int, int], ...]:
+def _exchanges(count: int, wanted: range) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Pairs of rows to exchange, in this order, and whether the smaller and the larger of both matter later."""
+    found, live = [], set(wanted)
+    for place, other in reversed(_sorting(count)):
+        low, high = place in live, other in live
+        if low or high:
+            found.append((place, other, low, high))
+            live |= {place, other}
+    return tuple(reversed(found))
+
+
+def _sorting(count: int) -> list[tuple[int, int]]:
     found = []
     top = 1 << max(0, (count - 1).bit_length() - 1)
     p = top
@@ -48,15 +73,29 @@ def _exchanges(count: int) -> tuple[tuple[int, int], ...]:
                 break
             q, r, d = q // 2, p, q - p
         p //= 2
-    return tuple(found)
+    return found
 
 
-@method("median", formula="median_j tau_j", source="arXiv 1803.01498, definition 1", uses_weights=False)
+def _inner(rows: Sequence[Any], library: Extremes) -> list[Any]:
+    count = len(rows)
+    return ordered(rows, range((count - 1) // 2, count // 2 + 1), library)
+
+
+@method(
+    "median",
+    formula="median_j tau_j",
+    source="arXiv 1803.01498, definition 1",
+    uses_weights=False,
+    rows=_inner,
+    factors=averaged,
+)
 def median(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The median of each coordinate; of an even number of sites the middle of the two inner values."""
-    count = len(vectors)
-    ranked = ordered(vectors)
-    return (ranked[(count - 1) // 2].double() + ranked[count // 2]) / 2
+    return _mean_of(_inner(vectors.unbind(0), importlib.import_module("torch")))
+
+
+def _mean_of(rows: "list[Tensor]") -> "Tensor":
+    return weighted_sum(rows, [1.0] * len(rows)) / len(rows)
 
 
 def _nothing_left(sites: int, f: int) -> str | None:
@@ -67,18 +106,23 @@ def _nothing_left(sites: int, f: int) -> str | None:
     )
 
 
+def _without_extremes(rows: Sequence[Any], library: Extremes, f: int) -> list[Any]:
+    out = min(f, (len(rows) - 1) // 2)
+    return ordered(rows, range(out, len(rows) - out), library)
+
+
 @method(
     "trimmed_mean",
     formula="mean of tau_j without the f largest and f smallest of each coordinate",
     source="arXiv 1803.01498, definition 2, beta = f/n",
     uses_weights=False,
     refusal=_nothing_left,
+    rows=_without_extremes,
+    factors=averaged,
 )
 def trimmed_mean(vectors: "Tensor", weights: "Tensor", *, f: Hostile = 1) -> "Tensor":
     """The mean of each coordinate without its extremes; of a head row that few sites have, fewer are left out."""
-    out = min(f, (len(vectors) - 1) // 2)
-    kept = ordered(vectors)[out : len(vectors) - out]
-    return weighted_sum(kept, [1.0] * len(kept)) / len(kept)
+    return _mean_of(_without_extremes(vectors.unbind(0), importlib.import_module("torch"), f=f))
 
 
 @method(
