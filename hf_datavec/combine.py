@@ -166,5 +166,5 @@ def thresholds(
     found = []
     for row, factor in zip(rows, factors, strict=True):
         ranks = method.ranks(row.numel(), **{name: options[name] for name in method.options})
-        found.append([magnitude * factor for magnitude in magnitudes(row.reshape(-1), ranks)])
+        found.append([magnitude * factor for magnitude in magnitudes(row.reshape(-1).numpy(), ranks)])
     return found

@@ -7,7 +7,11 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    Numbers = NDArray[np.int32]
 
 TOP = 2**31  # the numbers drawn are whole, from 0 to below this
 
@@ -29,15 +33,24 @@ class Draws:
         """The values (d,) whose number is below a chance, zero for the others; as by `uniform`, but faster."""
         import torch
 
-        # All bits where the number is below, none where it is not: on values as bits this is all that dropping takes.
-        mask = self._numbers(values.shape[0]).sub_(math.ceil(chance * TOP)).bitwise_right_shift_(31)
         bits = torch.int32 if values.dtype == torch.float32 else torch.int64
         # Drawn on the CPU, so that every device sees the same numbers.
-        return mask.to(values.device, bits).bitwise_and_(values.view(bits)).view(values.dtype)
+        mask = torch.from_numpy(self._mask(values.shape[0], chance)).to(values.device, bits)
+        return mask.bitwise_and_(values.view(bits)).view(values.dtype)
+
+    def keep_of(self, values: NDArray[np.float32], chance: float) -> NDArray[np.float32]:
+        """The same of a numpy row (d,)."""
+        import numpy as np
+
+        mask = self._mask(len(values), chance)
+        np.bitwise_and(mask, values.view(np.int32), out=mask)
+        return mask.view(np.float32)
 
     def uniform(self, count: int) -> Tensor:
         """`count` numbers from 0 to 1, without 1, in float64."""
-        return self._numbers(count).double() / TOP
+        import torch
+
+        return torch.from_numpy(self._numbers(count)).double() / TOP
 
     def normal(self, count: int) -> Tensor:
         """`count` numbers of a normal distribution, in float64; they are not those of single coordinates."""
@@ -46,13 +59,23 @@ class Draws:
         torch_seed = int.from_bytes(self._bits.random_raw(1).tobytes(), "little", signed=True)
         return torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(torch_seed))
 
-    def _numbers(self, count: int) -> Tensor:
-        import numpy
-        import torch
+    def _mask(self, count: int, chance: float) -> Numbers:
+        """All bits where a number is below a chance, none where it is not: all that dropping values as bits takes."""
+        import numpy as np
+
+        found = self._numbers(count)
+        # A chance of one is one number too many for 32 bits: it wraps around, and so does every difference to it.
+        np.subtract(found, np.int64(math.ceil(chance * TOP)).astype(np.int32), out=found)
+        np.right_shift(found, 31, out=found)
+        return found
+
+    def _numbers(self, count: int) -> Numbers:
+        import numpy as np
 
         # Two numbers of 31 bits come from each of the generator's steps.
         before = self._start % 2
         self._bits.advance(self._start // 2)
         self._start = 0
-        raw = self._bits.random_raw((before + count + 1) // 2).view(numpy.int32)
-        return torch.from_numpy(raw[before : before + count]).bitwise_and_(TOP - 1)
+        found: Numbers = self._bits.random_raw((before + count + 1) // 2).view(np.int32)[before : before + count]
+        np.bitwise_and(found, TOP - 1, out=found)
+        return found

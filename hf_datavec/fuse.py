@@ -108,10 +108,11 @@ def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -
 
 def _sums(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -> Iterator[Task[Piece]]:
     """The same for a tensor that is a sum, in the same pieces."""
+    sites = survey.sites(plan, step)
     for number, where in enumerate(sums.ranges(step, PIECE)):
 
         def compute(number: int = number, where: range = where) -> Piece:
-            found = sums.piece(plan, step, where)
+            found = sums.piece(plan, step, sites, where)
             # What is not finite is told by those who make all other methods.
             return found or next(itertools.islice(_tasks(plan, step, survey, device), number, None)).compute()
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
+    Array = NDArray[np.float32]
     Bits = NDArray[np.int32]
     Counts = NDArray[np.int64]
 
     # Goes through all values of a vector, in slices of any size; every time in the same way.
-    Slices = Callable[[], Iterable[torch.Tensor]]
-    Parts = Callable[[slice], torch.Tensor]
+    Slices = Callable[[], Iterable[Array]]
+    Parts = Callable[[slice], Array]
 
 LOWER = 16  # bits; the 31 bits of a magnitude fall into halves of 2^15 and 2^16 bins
 # Up to here selecting directly is faster than going through so many bins; a slice of a longer vector, too.
@@ -36,18 +36,24 @@ SPARSE, MOST = 64, 2**22
 CLUSTER = 1024
 
 
-def magnitudes(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
+def magnitudes(values: Array, ranks: Sequence[int]) -> list[float]:
     """The magnitudes at some ranks of a float32 vector (d,) that is at hand; rank 1 is the largest."""
+    import numpy as np
+
     length = len(values)
     if 0 < length <= SHORT:
-        sizes = values.abs()
-        return [float(sizes.kthvalue(length + 1 - min(max(1, rank), length)).values) for rank in ranks]
-    return streamed(
-        lambda: values.split(SHORT) if length else (), sample([(length, values.__getitem__)], length), ranks, length
-    )
+        places = [length - min(max(1, rank), length) for rank in ranks]
+        sizes = np.partition(np.abs(values), places)
+        return [float(sizes[place]) for place in places]
+
+    def slices() -> Iterator[Array]:
+        for start in range(0, length, SHORT):
+            yield values[start : start + SHORT]
+
+    return streamed(slices, sample([(length, values.__getitem__)], length), ranks, length)
 
 
-def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: int) -> list[float]:
+def streamed(slices: Slices, some: Array, ranks: Sequence[int], length: int) -> list[float]:
     """The magnitudes at some ranks of a vector that is read slice by slice, once if `some` of it guess them well.
 
     A rank beyond the last is the last; magnitudes of an empty vector are zero.
@@ -57,7 +63,7 @@ def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: i
     wanted = [min(max(1, rank), length) for rank in ranks]
     around = [Around(guess(some, rank, length)) for rank in wanted]
     for values in slices():
-        bits = _bits(values).numpy()
+        bits = _bits(values)
         for one in around:
             one.count(bits)
     found = [one.find(rank) for one, rank in zip(around, wanted, strict=True)]
@@ -66,12 +72,12 @@ def streamed(slices: Slices, some: torch.Tensor, ranks: Sequence[int], length: i
     return [_magnitude(next(exact) if bits is None else bits) for bits in found]
 
 
-def sample(tensors: Iterable[tuple[int, Parts]], length: int) -> torch.Tensor:
+def sample(tensors: Iterable[tuple[int, Parts]], length: int) -> Array:
     """Some values of a vector of a length, evenly from all of its tensors, in clusters.
 
     Of each tensor are given its length, and what reads some of its values.
     """
-    import torch
+    import numpy as np
 
     each = CLUSTER * max(SPARSE, length // MOST)
     found = []
@@ -79,22 +85,20 @@ def sample(tensors: Iterable[tuple[int, Parts]], length: int) -> torch.Tensor:
         for start in range(0, values, each):
             some = -(-min(each, values - start) * CLUSTER // each)
             found.append(parts(slice(start, start + some)))
-    return torch.cat(found) if found else torch.zeros(0)
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
-def guess(some: torch.Tensor, rank: int, length: int) -> int:
+def guess(some: Array, rank: int, length: int) -> int:
     """The bits of about the magnitude that has a rank in a vector, from a sample of it."""
     place = len(some) - round((rank - 0.5) / length * len(some))
     place = min(max(1, place), len(some)) - 1
-    bits = _bits(some).numpy()
-    bits.partition(place)  # in place; torch's own selection keeps an index of 8 bytes beside each value
+    bits = _bits(some)
+    bits.partition(place)
     return int(bits[place])
 
 
 class Around:
     """How often each bit pattern around a guess occurs, and how many values are larger."""
-
-    # By numpy, whose comparisons and searches among truth values are several times faster than torch's.
 
     def __init__(self, bits: int) -> None:
         import numpy as np
@@ -126,51 +130,48 @@ class Around:
 
     def find(self, rank: int) -> int | None:
         """The bits at a rank, or None when they are not around."""
-        import torch
-
         self._count_waiting()
         if not self._larger < rank <= self._larger + int(self._counts.sum()):
             return None
-        place, _ = _find(torch.from_numpy(self._counts), rank - self._larger)
+        place, _ = _find(self._counts, rank - self._larger)
         return self._first + place
 
 
 def _by_halves(slices: Slices, ranks: Sequence[int]) -> Iterator[int]:
     """The bits at some ranks, from two passes; none without ranks."""
-    import torch
+    import numpy as np
 
     if not ranks:
         return
-    upper = torch.zeros(2 ** (31 - LOWER), dtype=torch.int64)
+    upper: Counts = np.zeros(2 ** (31 - LOWER), np.int64)
     for values in slices():
-        upper += (_bits(values) >> LOWER).bincount(minlength=len(upper))
+        upper += np.bincount(_bits(values) >> LOWER, minlength=len(upper))
     bins = [_find(upper, rank) for rank in ranks]
-    lower = [torch.zeros(2**LOWER, dtype=torch.int64) for _ in ranks]
+    lower: list[Counts] = [np.zeros(2**LOWER, np.int64) for _ in ranks]
     for values in slices():
         bits = _bits(values)
         for (place, _), counts in zip(bins, lower, strict=True):
-            counts += (bits[bits >> LOWER == place] & (2**LOWER - 1)).bincount(minlength=len(counts))
+            counts += np.bincount(bits[bits >> LOWER == place] & (2**LOWER - 1), minlength=len(counts))
     for (place, rank), counts in zip(bins, lower, strict=True):
         yield (place << LOWER) + _find(counts, rank)[0]
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    import torch
+def _bits(values: Array) -> Bits:
+    import numpy as np
 
-    return values.reshape(-1).view(torch.int32) & 0x7FFFFFFF
+    found: Bits = values.reshape(-1).view(np.int32) & 0x7FFFFFFF
+    return found
 
 
 def _magnitude(bits: int) -> float:
-    import torch
+    import numpy as np
 
-    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
+    return float(np.int32(bits).view(np.float32))
 
 
-def _find(counts: torch.Tensor, rank: int) -> tuple[int, int]:
+def _find(counts: Counts, rank: int) -> tuple[int, int]:
     """The bin that holds a rank, counted from the last bin, and the rank within the bin."""
-    import torch
-
-    at_least = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(at_least, rank))
+    at_least = counts[::-1].cumsum()
+    place = int(at_least.searchsorted(rank))
     before = int(at_least[place - 1]) if place else 0
     return len(counts) - 1 - place, rank - before

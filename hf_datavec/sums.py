@@ -5,12 +5,13 @@ torch takes longer to start than they take to be added up.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
+from hf_datavec.combine import Sites
+from hf_datavec.draws import Draws
 from hf_datavec.geometry import products_of_rows
 from hf_datavec.methods import Factors, Method, all_methods
 from hf_datavec.plan import Plan, Step
@@ -39,7 +40,16 @@ def expected(recipe: Recipe, base: Checkpoint) -> bool:
     merge, restore = recipe.merge, recipe.recalibrate
     found = all_methods().get(merge.method)
     restoring = restore is not None and restore.mode != "none" and base.has_statistics
-    return found is not None and found.factors is not None and not (restoring or recipe.evaluate or merge.searched)
+    weights = [1.0 if entry.weight is None else entry.weight for entry in recipe.entries]
+    more = restoring or recipe.evaluate or merge.searched
+    return found is not None and not more and _sums(found, merge.options, weights)
+
+
+def _sums(method: Method, options: Mapping[str, Any], weights: Sequence[float]) -> bool:
+    """Whether a method only sums up vectors of these weights, or rows made of them; what it ranks must be surveyed."""
+    if method.factors is None or (method.ranks is not None and not method.surveys(options)):
+        return False
+    return method.rows is None or not method.uses_weights or all(weight == 1 for weight in weights)
 
 
 def suffice(plan: Plan, device: object) -> bool:
@@ -59,7 +69,8 @@ def _is_sum(plan: Plan, step: Step, one_head: bool) -> bool:
     known = {step.record.dtype, plan.base.records[step.name].dtype} <= set(NUMPY_NAMES)
     if not step.is_merged:
         return known
-    return known and step.method.factors is not None and (one_head or step.role is not Role.HEAD)
+    weights = [one.weight for one in plan.contributions]
+    return known and _sums(step.method, step.options, weights) and (one_head or step.role is not Role.HEAD)
 
 
 def ranges(step: Step, size: int) -> Iterator[range]:
@@ -71,7 +82,7 @@ def ranges(step: Step, size: int) -> Iterator[range]:
         yield range(start, min(start + size, length))
 
 
-def piece(plan: Plan, step: Step, where: range) -> Piece | None:
+def piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
     """Base plus scaled sum in float64, so that the cast to the result's type is the only rounding.
 
     None when a value is not finite, for somebody else to tell why.
@@ -79,10 +90,10 @@ def piece(plan: Plan, step: Step, where: range) -> Piece | None:
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        return _piece(plan, step, where)
+        return _piece(plan, step, sites, where)
 
 
-def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
+def _piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
     import numpy as np
 
     assert isinstance(plan.base.tensors, StoredTensors)  # else they do not suffice
@@ -91,7 +102,9 @@ def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
         kept = base[where.start : where.stop].astype(dtype, copy=False)
         return (step.name, kept, None) if step.role is Role.CONSTANT or np.isfinite(kept).all() else None
     parts = [one.source.arrays(step.name) for one in plan.contributions]
-    weights, options = [one.weight for one in plan.contributions], step.method.chosen(step.options)
+    options = step.method.chosen(step.options)
+    if step.method.ranks is not None:
+        options["thresholds"] = sites.thresholds
     # Heads are not counted, and neither is what a search has combined already.
     counting = step.role is not Role.HEAD and not any(isinstance(one.source, Combination) for one in plan.contributions)
     seen, result = np.zeros((len(parts), len(parts))), np.empty(len(where), dtype)
@@ -99,7 +112,11 @@ def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
     for start in range(where.start, where.stop, SLICE):
         here = slice(start, min(start + SLICE, where.stop))
         rows = [part(here) for part in parts]
-        total = combine(step.method, rows, weights, options, room[:, : here.stop - start])
+        if step.method.asks_for("generators"):
+            options["generators"] = [
+                Draws(plan.recipe.merge.seed, one, _key(plan, step), start) for one in sites.digests
+            ]
+        total = combine(step.method, rows, sites.weights, options, room[:, : here.stop - start])
         if step.scale != 1:
             np.multiply(total, step.scale, out=total)
         values = result[start - where.start : here.stop - where.start]
@@ -112,6 +129,11 @@ def _piece(plan: Plan, step: Step, where: range) -> Piece | None:
     return step.name, result, seen if counting else None
 
 
+def _key(plan: Plan, step: Step) -> str:
+    """What the tensor is called when numbers are drawn: of a head, with the labels of its rows."""
+    return step.name + "\0".join(plan.labels) if step.role is Role.HEAD else step.name
+
+
 def combine(
     method: Method,
     rows: Sequence[Array],
@@ -121,11 +143,11 @@ def combine(
 ) -> NDArray[np.float64]:
     """The combination (d,) of the sites' rows (d,) by a method that is a sum, in float64; `room` (2, d) holds it."""
     if method.rows is not None:
-        rows = method.rows(rows, importlib.import_module("numpy"), **options)
+        rows = method.rows(rows, **options)
         weights = [1.0] * len(rows)
     assert method.factors is not None
     total: NDArray[np.float64] = room[0]
-    _add(rows, method.factors(weights, **options), total, room[1])
+    _add(rows, method.factors(weights, **method.chosen(options)), total, room[1])
     return total
 
 

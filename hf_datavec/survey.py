@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_datavec.checkpoint import Role
-from hf_datavec.combine import SLICE, Sites, inner_products, site_shares, slice_length
+from hf_datavec.combine import Sites, inner_products, site_shares, slice_length
 from hf_datavec.plan import Contribution, Plan, Step
 from hf_datavec.progress import progress
 from hf_datavec.selection import sample, streamed
@@ -20,6 +20,9 @@ from hf_datavec.writing import in_file_order
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 Key = tuple[str, str]
 Result = TypeVar("Result")
@@ -109,11 +112,16 @@ def take(plan: Plan) -> Survey:
 def _each_vector(plan: Plan, text: str, measure: Callable[[Plan, Contribution], Result]) -> Iterator[Result]:
     """What is measured on each site's vector, several at a time."""
     tasks = (Task(partial(measure, plan, one), MEASURING) for one in plan.contributions)
-    yield from progress(in_order(tasks), text=text, total=len(plan.contributions), unit="vector")
+    by_torch = not all(one.source.by_numpy for one in plan.contributions)
+    yield from progress(in_order(tasks, by_torch=by_torch), text=text, total=len(plan.contributions), unit="vector")
 
 
 def _norm(plan: Plan, one: Contribution) -> float:
-    squares = (float(part.double().square().sum()) for part in _slices(plan, one, _names(plan), SLICE))
+    import numpy as np
+
+    squares = (
+        float(np.square(part, dtype=np.float64).sum()) for part in _slices(plan, one, _names(plan), slice_length(1))
+    )
     return sum(squares) ** 0.5  # type: ignore[no-any-return] # a sum of no numbers is 0
 
 
@@ -137,15 +145,19 @@ def _names(plan: Plan) -> list[str]:
     return [record.name for record in in_file_order(records)]
 
 
-def _parts(plan: Plan, one: Contribution, name: str) -> tuple[int, Callable[[slice], torch.Tensor]]:
+def _parts(plan: Plan, one: Contribution, name: str) -> tuple[int, Callable[[slice], Array]]:
     """The length of one tensor of a site's vector, and what reads some of its values."""
     length = math.prod(plan.base.shape_with(name, one.labels))
+    other_head = plan.base.roles[name] is Role.HEAD and one.labels != plan.base.labels
+    if one.source.by_numpy and not other_head:
+        return length, one.source.arrays(name)
     if plan.base.roles[name] is Role.HEAD:
-        return length, one.source.read(name).reshape(-1).__getitem__
-    return length, one.source.parts(name)
+        return length, one.source.read(name).reshape(-1).numpy().__getitem__
+    parts = one.source.parts(name)
+    return length, lambda where: parts(where).numpy()
 
 
-def _slices(plan: Plan, one: Contribution, names: Sequence[str], size: int) -> Iterator[torch.Tensor]:
+def _slices(plan: Plan, one: Contribution, names: Sequence[str], size: int) -> Iterator[Array]:
     """A site's vector in slices of a size. Raises: InputError for NaN or infinite values."""
     for name in names:
         length, parts = _parts(plan, one, name)

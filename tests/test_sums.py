@@ -12,9 +12,11 @@ from networks import make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file
 
 from hf_datavec import fuse, sums
+from hf_datavec.draws import Draws
 from hf_datavec.errors import InputError
 from hf_datavec.geometry import FEW, Gram, products, products_of_rows
 from hf_datavec.methods import all_methods
+from hf_datavec.methods.signs import agreeing, agreeing_rows
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
 
@@ -48,8 +50,10 @@ def by_torch(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tor
         return dict(fuse.run(plan, gram=gram)), gram
 
 
-def test_the_linear_methods_and_those_by_order_are_sums():
-    assert KNOWN == ["fedavg", "linear", "mean", "median", "sum", "task_arithmetic", "trimmed_mean"]
+def test_the_linear_methods_and_those_by_order_and_sign_are_sums():
+    assert KNOWN == [
+        "dare_ties", "fedavg", "linear", "mean", "median", "sum", "task_arithmetic", "ties", "trimmed_mean"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", KNOWN)
@@ -76,17 +80,58 @@ def test_sums_are_those_of_torch(method, entry, dtype, sites, monkeypatch):
 @pytest.mark.parametrize("method", KNOWN)
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_a_method_by_numpy_is_its_function(method, count):
-    rows = torch.randn(count, 100, generator=torch.Generator().manual_seed(0))
-    weights = [0.5, 1.0, 3.0, 0.1, 1.0, 1.0, 2.0][:count]
+    rows = torch.randn(count, 1000, generator=torch.Generator().manual_seed(0))
+    rows[:, :300] = rows[:, :300].round()  # equal values, zeros, and sums of zero, too
     known = all_methods()[method]
-    total = sums.combine(known, [row.numpy() for row in rows], weights, known.chosen({}), np.empty((2, 100)))
-    expected = known.function(rows, torch.tensor(weights, dtype=torch.float64))
-    torch.testing.assert_close(torch.from_numpy(total), expected, rtol=1e-14, atol=1e-14)
+    weights = [0.5, 1.0, 3.0, 0.1, 1.0, 1.0, 2.0][:count] if known.rows is None else [1.0] * count
+    for options in ({}, {"normalize": False}) if "normalize" in known.options else ({},):
+        chosen, drawing = known.chosen(options), known.asks_for("generators")
+        given = (
+            {"thresholds": [(0.9,), (1e-30,), (0.0,), (1.3,), (0.5,), (9.0,), (0.1,)][:count]} if known.ranks else {}
+        )
+        of_rows = {**chosen, **given, **(drawn(count) if drawing else {})}
+        total = sums.combine(known, [row.numpy() for row in rows], weights, of_rows, np.empty((2, 1000)))
+        given = {name: torch.tensor(values, dtype=torch.float64) for name, values in given.items()}
+        of_tensors = {**chosen, **given, **(drawn(count) if drawing else {})}
+        expected = known.function(rows, torch.tensor(weights, dtype=torch.float64), **of_tensors)
+        torch.testing.assert_close(torch.from_numpy(total), expected, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("section", [{"method": "mean", "clip": "median"}, {"method": "ties"}])
+def drawn(count: int) -> dict[str, list[Draws]]:
+    return {"generators": [Draws(1, f"site {number}", "tensor", 5) for number in range(count)]}
+
+
+def test_more_sites_than_a_byte_counts_agree():
+    rows = torch.randn(300, 50, generator=torch.Generator().manual_seed(0)) + 1
+    found = agreeing_rows((row.numpy().copy() for row in rows), len(rows), normalize=True)
+    expected = agreeing(rows, torch.ones(300, dtype=torch.float64), normalize=True)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("chance", [0.0001, 0.5, 1.0])
+def test_rows_keep_what_tensors_keep(chance):
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    kept = Draws(1, "site", "tensor", 3).keep_of(values.numpy(), chance)
+    assert torch.equal(torch.from_numpy(kept), Draws(1, "site", "tensor", 3).keep(values, chance))
+    assert np.count_nonzero(kept) == pytest.approx(5000 * chance, abs=150)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": "mean", "clip": "median"},
+        {"method": "breadcrumbs"},
+        {"method": "ties", "options": {"scope": "tensor"}},
+    ],
+)
 def test_what_needs_more_than_sums_is_done_by_torch(section, sites):
     assert not sums.suffice(planned(sites, **section), "cpu")
+
+
+def test_a_sign_is_voted_for_by_weights_with_torch(sites):
+    places = [{"vector": f"./site-{n}", "weight": weight} for n, weight in enumerate((1.0, 2.0))]
+    recipe = write_recipe(sites / "recipe.yaml", base="./base", vectors=places, merge={"method": "ties"})
+    assert not sums.suffice(prepare(recipe).plan, "cpu")
 
 
 def test_a_gpu_and_types_that_numpy_lacks_are_left_to_torch(sites, tmp_path):

@@ -2,16 +2,19 @@
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from hf_datavec.methods import Between, method
+from hf_datavec.methods import Between, Factors, method
 from hf_datavec.methods.linear import weighted_sum
-from hf_datavec.methods.signs import Density, agreeing
+from hf_datavec.methods.signs import Density, agreeing, agreeing_rows
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from hf_datavec.draws import Draws
+
+    Array = NDArray[Any]
 
 Epsilon = Annotated[float, Between(0, 0.5)]
 
@@ -36,11 +39,24 @@ def dare_linear(
     return total / ((density if rescale else 1.0) * (sum(weights.tolist()) if normalize else 1.0))
 
 
+def _dare_ties_rows(
+    rows: "Sequence[Array]", *, generators: "Sequence[Draws]", density: float, rescale: bool, normalize: bool
+) -> "list[Array]":
+    kept = (draws.keep_of(row, density) for row, draws in zip(rows, generators, strict=True))
+    return [agreeing_rows(kept, len(rows), normalize=normalize)]
+
+
+def _enlarged(weights: Sequence[float], *, density: float, rescale: bool, **_: object) -> Factors:
+    return Factors(weights, density if rescale else 1.0)
+
+
 @method(
     "dare_ties",
     formula="sum_{j in A} w_j t_j / sum_{j in A} w_j, t_j = b_j tau_j / density, A as in ties",
     source="arXiv 2311.03099 (DARE) and arXiv 2306.01708 (TIES-Merging)",
     uses_weights=True,
+    rows=_dare_ties_rows,
+    factors=_enlarged,
 )
 def dare_ties(
     vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]",

@@ -81,12 +81,16 @@ def _inner(rows: Sequence[Any], library: Extremes) -> list[Any]:
     return ordered(rows, range((count - 1) // 2, count // 2 + 1), library)
 
 
+def _inner_rows(rows: Sequence[Any]) -> list[Any]:
+    return _inner(rows, importlib.import_module("numpy"))
+
+
 @method(
     "median",
     formula="median_j tau_j",
     source="arXiv 1803.01498, definition 1",
     uses_weights=False,
-    rows=_inner,
+    rows=_inner_rows,
     factors=averaged,
 )
 def median(vectors: "Tensor", weights: "Tensor") -> "Tensor":
@@ -111,13 +115,17 @@ def _without_extremes(rows: Sequence[Any], library: Extremes, f: int) -> list[An
     return ordered(rows, range(out, len(rows) - out), library)
 
 
+def _rows_without_extremes(rows: Sequence[Any], *, f: int) -> list[Any]:
+    return _without_extremes(rows, importlib.import_module("numpy"), f=f)
+
+
 @method(
     "trimmed_mean",
     formula="mean of tau_j without the f largest and f smallest of each coordinate",
     source="arXiv 1803.01498, definition 2, beta = f/n",
     uses_weights=False,
     refusal=_nothing_left,
-    rows=_without_extremes,
+    rows=_rows_without_extremes,
     factors=averaged,
 )
 def trimmed_mean(vectors: "Tensor", weights: "Tensor", *, f: Hostile = 1) -> "Tensor":
