@@ -21,6 +21,13 @@ def weighted(plan: Plan, weights: Mapping[str, float]) -> Plan:
     return replace(found, contributions=ordered(replace(one, weight=weights[one.name]) for one in plan.contributions))
 
 
+def counted(plan: Plan) -> Plan:
+    """The same plan with sites weighed by their numbers of examples, which all of them declare."""
+    return replace(
+        plan, contributions=ordered(replace(one, weight=float(one.examples or 1)) for one in plan.contributions)
+    )
+
+
 def with_merge(plan: Plan, merge: Merge) -> Plan:
     """The same plan with another `merge:`, made into steps anew."""
     recipe = plan.recipe.model_copy(update={"merge": merge})

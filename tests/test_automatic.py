@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import write_recipe
+from networks import make_vector, write_recipe
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
@@ -50,6 +50,33 @@ def test_vectors_that_share_a_direction_are_summed_and_others_go_through_their_s
 def test_vectors_that_cancel_out_are_not_blown_up():
     one = np.random.default_rng(0).normal(size=50)
     assert automatic.choose(geometry_of(np.stack([one, -one])), "sum").scale <= 1.0
+
+
+def test_a_site_with_most_of_the_images_is_weighed_by_them():
+    chosen = automatic.by_sizes([850, 50, 50, 50])
+    assert chosen is not None
+    assert (chosen.method, chosen.scale) == ("fedavg", 1.0)
+    assert "85 %" in chosen.text
+    for alike in ([250] * 4, [60, 20, 20], [1], [850, None, 50], [None, None], [0, 0]):
+        assert automatic.by_sizes(alike) is None
+
+
+def test_a_merge_by_auto_counts_examples_where_one_site_has_most_and_its_lock_repeats_it(study, run):
+    base = study / "base"
+    for site, examples in (("site-a", {"cat": 90, "dog": 10}), ("site-b", {"cat": 10, "dog": 15})):
+        make_vector(base, study / f"tuned-{site}", study / f"{site}-counted", examples=examples)
+    vectors = ["./site-a-counted", "./site-b-counted"]
+    write_recipe(study / "recipe.yaml", base="./base", vectors=vectors, merge={"method": "auto"})
+    outcome = run("merge", "recipe.yaml", "-o", "fused")
+    assert outcome.code == 0, outcome.err
+    assert "One site has 80 % of all examples, so `auto` chose `fedavg`" in (study / "fused" / "README.md").read_text()
+    write_recipe(study / "plain.yaml", base="./base", vectors=vectors, merge={"method": "fedavg"})
+    assert run("merge", "plain.yaml", "-o", "plain").code == 0
+    weights = (study / "plain" / "model.safetensors").read_bytes()
+    assert (study / "fused" / "model.safetensors").read_bytes() == weights
+    again = run("merge", "fused/recipe.lock.yaml", "-o", "again")
+    assert again.code == 0, again.err
+    assert (study / "again" / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize("merge", [{"method": "auto"}, {"method": "sum", "scale": "auto"}])
