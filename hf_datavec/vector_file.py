@@ -13,6 +13,7 @@ from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.hub import Fetched
 from hf_datavec.manifest import VECTOR_FILE, BaseIdentity, Manifest, SecondMoment, StatisticsNoise, TensorEntry
 from hf_datavec.second_moments import Kind
+from hf_datavec.staging import flushing
 from hf_datavec.tensors import Record, combined_digest
 from hf_datavec.threads import PIECE, Task, in_order
 from hf_datavec.vector import VECTOR_DTYPE, TunedDifferences, tool_versions
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Values whose squares are summed at a time.
 SLICE = 2**16
+# Bytes of a vector after which those that are written are brought to the disk, beside other work.
+FLUSHED = 2**27
 
 
 class Differences(Protocol):
@@ -127,12 +130,18 @@ def write_described(
                 where = slice(start, min(start + PIECE, values))
                 yield Task(partial(measured, record.name, where), 3 * record.nbytes * PIECE // max(PIECE, values))
 
-    def stream() -> Iterator[tuple[str, Values]]:
+    def stream(flush: Callable[[Path], None]) -> Iterator[tuple[str, Values]]:
+        written = 0
         for name, difference, square in in_order(tasks(), by_torch=arrays is None):
             squares.append(square)
             yield name, difference
+            written += difference.nbytes
+            if written >= FLUSHED:
+                flush(folder / VECTOR_FILE)
+                written = 0
 
-    content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream()))
+    with flushing() as flush:
+        content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream(flush)))
     # Six digits, since the last bits depend on how many threads sum up.
     length = float(f"{math.sqrt(math.fsum(squares)):.6g}")
     result = draft.model_copy(update={"content": content, "norm": length}).sealed()
