@@ -46,6 +46,7 @@ class Settings:
     seed: int = 0
     probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
     least_squares: bool = False  # likewise the head alone, in closed form
+    target: float = 3.0  # what its outputs aim at for an image's label: an inverse temperature, the same at all sites
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
@@ -96,7 +97,7 @@ def _probe(network: Network, base: Checkpoint, images: ImageSet, settings: Setti
     Source: Kumar et al. 2022, arXiv 2202.10054.
     """
     if settings.least_squares:
-        probe.fit_least_squares(network, base, images)
+        probe.fit_least_squares(network, base, images, settings.target)
     elif settings.probe_steps:
         alone = partial(_of_logits, loss)
         probe.fit(network, base, images, alone, steps=settings.probe_steps)

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 # large for a network is right, and some hundreds of steps reach its bottom on small data.
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
 BATCH = 64
-# What least squares aim at for an image's label, and zero for all others. The softmax of such outputs was about as sure
-# as right on PAD-UFES-20, where least squares of ones and zeros are far too modest.
-TARGET = 3.0
 
 
 def fit(
@@ -59,9 +56,10 @@ def fit(
     optimizer.zero_grad()
 
 
-def fit_least_squares(network: models.Network, base: Checkpoint, images: ImageSet) -> None:
-    """Give the network, in place, the head whose outputs are nearest to `TARGET` times one-hot labels, without a bias.
+def fit_least_squares(network: models.Network, base: Checkpoint, images: ImageSet, target: float) -> None:
+    """Give the network, in place, the head whose outputs are nearest to `target` times one-hot labels, without a bias.
 
+    The target T decides how sure its answers are, not which they are:
     `W = T Y^T X (a X^T X + (1-a) diag(X^T X))^-1` for inputs X (n, features), one-hot labels Y (n, k), and the
     `off_diagonal` a of `regmean`. So `regmean` of the heads of several sites, weighed by their numbers of examples,
     is the head of all their images together, however classes are spread over the sites.
@@ -74,7 +72,7 @@ def fit_least_squares(network: models.Network, base: Checkpoint, images: ImageSe
     head = _head(network, base)
     rows = torch.tensor(images.label_rows(network.labels))
     inputs = torch.cat(list(_inputs(network, head, images))).cpu().double()
-    targets = TARGET * torch.nn.functional.one_hot(rows, len(network.labels)).double()
+    targets = target * torch.nn.functional.one_hot(rows, len(network.labels)).double()
     off_diagonal = all_methods()["regmean"].options["off_diagonal"].default
     products = off_diagonal * (inputs.T @ inputs)
     own = inputs.square().sum(0)

@@ -105,6 +105,7 @@ def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread
     for place in (*counts, "all"):
         options = ("--epochs", "0", "--least-squares", "--device", "cpu")
         assert run("finetune", "./base", f"./{place}", *options, "-o", f"tuned-{place}").code == 0
+    assert run("finetune", "./base", "./all", *options, "--target", "6", "-o", "surer").code == 0
     for site in counts:
         asked = ("--share-counts", "--with", "gram", "--images", f"./{site}", "--count", "1000", "--device", "cpu")
         assert run("diff", "./base", f"./tuned-{site}", *asked, "-o", f"vector-{site}").code == 0
@@ -122,6 +123,8 @@ def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread
     fused, together, north = (
         load_file(tmp_path / place / "model.safetensors")[name] for place in ("fused", "tuned-all", "tuned-north")
     )
+    surer = load_file(tmp_path / "surer" / "model.safetensors")[name]
+    assert torch.allclose(surer, 2 * together, rtol=1e-5, atol=1e-6 * float(together.abs().max()))
     assert torch.allclose(fused, together, atol=1e-3 * float(together.abs().max()))
     assert not torch.allclose(north, together, atol=0.1 * float(together.abs().max()))
 

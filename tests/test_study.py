@@ -81,6 +81,7 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("relay: {merge: {methd: sum}}", "relay.merge: unknown key 'methd'"),
         ("seeds: [1, 1]", "seeds: the seed 1 is given twice"),
         ("heads: {fit: least_squares, steps: 5}", "heads.steps: heads by least squares take no steps"),
+        ("heads: {steps: 5, target: 5}", "heads.target: heads by steps aim at no output"),
     ],
 )
 def test_keys_that_contradict_or_lack_each_other_are_told(lines, said):
@@ -392,12 +393,12 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
 def test_a_round_of_heads_by_least_squares_gives_the_head_of_all_sites_images(clinic, run):
     from safetensors.torch import load_file
 
-    heads = {"fit": "least_squares"}
+    heads = {"fit": "least_squares", "target": 6}
     write_study(clinic, seeds=[0], federated=None, relay=None, restore=["none"], heads=heads)
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-0"
     first, second = (
-        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-least-squares/round-*"))
+        load_file(path / "model.safetensors") for path in sorted((folder / "rounds").glob("*-least-squares-6/round-*"))
     )
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}

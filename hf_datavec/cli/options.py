@@ -110,6 +110,13 @@ def _finetune(actions: Commands) -> None:
         "Gram matrix of all its site's images, is the head of all images together (docs/evidence.md)",
     )
     train.add_argument(
+        "--target",
+        type=_above_zero,
+        default=3.0,
+        help="output that --least-squares aims at for an image's label; larger, as 7.5 where nearly every image can be "
+        "told, makes answers surer; the same at all sites (default: %(default)g)",
+    )
+    train.add_argument(
         "--freeze",
         action="append",
         default=[],

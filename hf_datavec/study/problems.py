@@ -93,8 +93,11 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
             yield document.problem(("merges", index), f"'{one.name}' is given twice")
         names.append(one.name)
         yield from _merge_problems(document, study, ("merges", index), one)
-    if study.heads and study.heads.fit == "least_squares" and "steps" in study.heads.model_fields_set:
-        yield document.problem(("heads", "steps"), "heads by least squares take no steps", hint="leave it out")
+    if study.heads:
+        wrong = "steps" if study.heads.fit == "least_squares" else "target"
+        told = {"steps": "heads by least squares take no steps", "target": "heads by steps aim at no output"}[wrong]
+        if wrong in study.heads.model_fields_set:
+            yield document.problem(("heads", wrong), told, hint="leave it out")
     for key, later in (("relay", study.relay), ("heads", study.heads)):
         if later:
             yield from _merge_problems(document, study, (key, "merge"), later.merge)

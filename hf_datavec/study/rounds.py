@@ -59,7 +59,9 @@ def heads_alone(seed: Seed, heads: Heads) -> Path:
 
 def kind(heads: Heads) -> str:
     """How heads are fitted, as folders tell it."""
-    return "least-squares" if heads.fit == "least_squares" else str(heads.steps)
+    if heads.fit == "steps":
+        return str(heads.steps)
+    return "least-squares" + (f"-{heads.target:g}" if heads.target != Heads().target else "")
 
 
 def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) -> Path:
@@ -69,7 +71,7 @@ def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) 
         # In closed form every image counts alike, whatever the loss was.
         balanced = alone.class_balanced and not closed
         steps = 0 if closed else heads.steps
-        settings = replace(alone, probe_steps=steps, least_squares=closed, class_balanced=balanced)
+        settings = replace(alone, probe_steps=steps, least_squares=closed, target=heads.target, class_balanced=balanced)
         vectors = [seed.vector(f"{name}/{site}", site, settings, base=base, with_gram=closed) for site in seed.sites]
         # Nothing but the head has moved, so the statistics of the base still fit.
         merge = Combining(method="regmean", weights="examples") if closed else Combining(method="mean")

@@ -15,7 +15,7 @@ from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import POOLED
 from hf_datavec.study.restoring import Restorer
-from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, heads_alone, relay, with_heads
+from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, heads_alone, kind, relay, with_heads
 from hf_datavec.study.sections import Combining, Heads
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ class Measuring:
         if study.heads:
             again = study.heads
             closed = again.fit == "least_squares"
-            key, how = ("least squares", " by least squares") if closed else (f"{again.steps} steps", "")
+            how = " by least squares" if closed else ""
+            key = kind(again).replace("-", " ") if closed else f"{again.steps} steps"
             for count in range(1, again.rounds + 1):
                 before = f", {count} rounds" if count > 1 else ""
                 row = Row(f"{again.merge.name}{before}, then heads{how}", "relay", again.restore)

@@ -115,6 +115,9 @@ class Heads(Section):
 
     # A head that is fitted to the end fits its site; the mean of heads was better after some tens (docs/evidence.md).
     steps: Count = 60
+
+    # What heads by least squares aim at for an image's label: how sure their answers are, not which they are.
+    target: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     merge: Combining = Combining(scale=0.5)
     restore: Mode = "statistics"
 
