@@ -46,7 +46,7 @@ class Settings:
     seed: int = 0
     probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
     least_squares: bool = False  # likewise the head alone, in closed form
-    target: float = 3.0  # what its outputs aim at for an image's label: an inverse temperature, the same at all sites
+    target: float = probe.TARGET  # what its outputs aim at for an image's label, the same at all sites
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:

@@ -32,6 +32,7 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors += weight_errors
     errors += method_errors(recipe.merge, [(one.name, one.weight) for one in weighed])
     errors += _second_moment_errors(recipe.merge, weighed)
+    errors += _target_errors(contributions)
     errors += _restoration_errors(recipe, checkpoint, contributions)
     errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
@@ -85,6 +86,19 @@ def _second_moment_errors(merge: Merge, contributions: Sequence[Contribution]) -
                     hint = f"the site can add them: hf-datavec diff --with {kind} --images IMAGES"
                     yield InputError(problem, hint=hint)
             yield from _uneven_errors(name, kind, contributions)
+
+
+def _target_errors(contributions: Sequence[Contribution]) -> Iterator[InputError]:
+    """Heads by least squares that aim at different outputs, whose merge would be nobody's."""
+    found: dict[float, list[str]] = {}
+    for one in contributions:
+        training = one.source.manifest.training if isinstance(one.source, TaskVector) else None
+        if training and training.get("least_squares") and isinstance(training.get("target"), (int, float)):
+            found.setdefault(float(training["target"]), []).append(one.name)
+    if len(found) > 1:
+        said = ", ".join(f"{target:g} ({listed(names)})" for target, names in sorted(found.items()))
+        hint = "finetune --least-squares needs the same --target at all sites"
+        yield InputError(f"the sites' heads by least squares aim at different outputs: {said}", hint=hint)
 
 
 def _uneven_errors(method: str, kind: str, contributions: Sequence[Contribution]) -> Iterator[InputError]:

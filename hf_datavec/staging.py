@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from hf_datavec.errors import InputError, RunError
 
 Kept = Callable[[Path, BaseException], bool]
 
-# How often a folder is taken away to which other threads of a process that ends may still add files.
+# How often a folder is taken away to which other threads of a process that ends are just adding a file.
 TRIES = 5
 # What this process is building now: hidden folder to whether an error's leavings are kept.
 _unfinished: dict[Path, bool | Kept] = {}
@@ -48,11 +49,13 @@ def staged(output: Path, *, keep_unfinished: bool | Kept = False) -> Iterator[Pa
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(output)
     with _locked(_lock_path(partial), output):
-        if partial.exists() and not keep_unfinished:
-            shutil.rmtree(partial)
         _unfinished[partial] = keep_unfinished
-        partial.mkdir(exist_ok=True)
         try:
+            for left in _leavings(partial):
+                shutil.rmtree(left)
+            if partial.exists() and not keep_unfinished:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
             yield partial
             _flush(partial)
             refuse_existing(output)  # somebody may have made it while we worked
@@ -68,18 +71,28 @@ def abandon_all(error: BaseException) -> None:
     """Do for every folder that is being built now what its block would do if it met the error; for a process that
     ends without leaving its blocks."""
     for partial in list(_unfinished):
-        _abandon(partial, error)
-        _lock_path(partial).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the others must go all the same
+            _abandon(partial, error)
+        with contextlib.suppress(OSError):
+            _lock_path(partial).unlink(missing_ok=True)
 
 
 def _abandon(partial: Path, error: BaseException) -> None:
     keep = _unfinished[partial]
-    if keep(partial, error) if callable(keep) else keep:
+    if not partial.exists() or (keep(partial, error) if callable(keep) else keep):
         return
+    # Under another name first, so that threads which still write fail, instead of filling it again.
+    away = partial.with_name(f"{partial.name}-{os.getpid()}")
+    os.rename(partial, away)
     for _ in range(TRIES):
-        shutil.rmtree(partial, ignore_errors=True)
-        if not partial.exists():
+        shutil.rmtree(away, ignore_errors=True)
+        if not away.exists():
             break
+
+
+def _leavings(partial: Path) -> list[Path]:
+    """Folders on their way out whose process was killed."""
+    return list(partial.parent.glob(f"{glob.escape(partial.name)}-*"))
 
 
 def _lock_path(partial: Path) -> Path:

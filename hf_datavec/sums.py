@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.checkpoint import Checkpoint, Role
-from hf_datavec.combine import Sites
+from hf_datavec.combine import Sites, slice_length
 from hf_datavec.draws import Draws
 from hf_datavec.geometry import products_of_rows
 from hf_datavec.methods import Factors, Method, all_methods
@@ -30,26 +30,22 @@ if TYPE_CHECKING:
     Piece = tuple[str, Array, Products | None]
     Parts = Callable[[slice], Array]
 
-# Coordinates that are summed up at a time: the sum and one row of it in float64 stay near a core, and an operation
-# takes longer than two threads need to hand the interpreter to each other.
-SLICE = 2**17
-
 
 def expected(recipe: Recipe, base: Checkpoint) -> bool:
     """Whether a recipe asks for nothing but sums, as far as it tells without its vectors; torch then need not start."""
     merge, restore = recipe.merge, recipe.recalibrate
     found = all_methods().get(merge.method)
     restoring = restore is not None and restore.mode != "none" and base.has_statistics
-    weights = [1.0 if entry.weight is None else entry.weight for entry in recipe.entries]
+    alike = merge.weights == "equal" and all(entry.weight in (None, 1) for entry in recipe.entries)
     more = restoring or recipe.evaluate or merge.searched
-    return found is not None and not more and _sums(found, merge.options, weights)
+    return found is not None and not more and _adds_up(found, merge.options, alike=alike)
 
 
-def _sums(method: Method, options: Mapping[str, Any], weights: Sequence[float]) -> bool:
-    """Whether a method only sums up vectors of these weights, or rows made of them; what it ranks must be surveyed."""
+def _adds_up(method: Method, options: Mapping[str, Any], *, alike: bool) -> bool:
+    """Whether a method only sums up vectors, `alike` if each has weight 1, or rows; what it ranks must be surveyed."""
     if method.factors is None or (method.ranks is not None and not method.surveys(options)):
         return False
-    return method.rows is None or not method.uses_weights or all(weight == 1 for weight in weights)
+    return method.rows is None or not method.uses_weights or alike
 
 
 def suffice(plan: Plan, device: object) -> bool:
@@ -69,8 +65,8 @@ def _is_sum(plan: Plan, step: Step, one_head: bool) -> bool:
     known = {step.record.dtype, plan.base.records[step.name].dtype} <= set(NUMPY_NAMES)
     if not step.is_merged:
         return known
-    weights = [one.weight for one in plan.contributions]
-    return known and _sums(step.method, step.options, weights) and (one_head or step.role is not Role.HEAD)
+    alike = all(one.weight == 1 for one in plan.contributions)
+    return known and _adds_up(step.method, step.options, alike=alike) and (one_head or step.role is not Role.HEAD)
 
 
 def ranges(step: Step, size: int) -> Iterator[range]:
@@ -108,9 +104,10 @@ def _piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
     # Heads are not counted, and neither is what a search has combined already.
     counting = step.role is not Role.HEAD and not any(isinstance(one.source, Combination) for one in plan.contributions)
     seen, result = np.zeros((len(parts), len(parts))), np.empty(len(where), dtype)
-    room = np.empty((2, min(SLICE, len(where))))
-    for start in range(where.start, where.stop, SLICE):
-        here = slice(start, min(start + SLICE, where.stop))
+    length = slice_length(len(parts))
+    room = np.empty((2, min(length, len(where))))
+    for start in range(where.start, where.stop, length):
+        here = slice(start, min(start + length, where.stop))
         rows = [part(here) for part in parts]
         if step.method.asks_for("generators"):
             options["generators"] = [

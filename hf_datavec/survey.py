@@ -119,9 +119,8 @@ def _each_vector(plan: Plan, text: str, measure: Callable[[Plan, Contribution], 
 def _norm(plan: Plan, one: Contribution) -> float:
     import numpy as np
 
-    squares = (
-        float(np.square(part, dtype=np.float64).sum()) for part in _slices(plan, one, _names(plan), slice_length(1))
-    )
+    parts = _slices(plan, one, _names(plan), slice_length(1))
+    squares = (float(np.square(part, dtype=np.float64).sum()) for part in parts)
     return sum(squares) ** 0.5  # type: ignore[no-any-return] # a sum of no numbers is 0
 
 
@@ -159,11 +158,15 @@ def _parts(plan: Plan, one: Contribution, name: str) -> tuple[int, Callable[[sli
 
 def _slices(plan: Plan, one: Contribution, names: Sequence[str], size: int) -> Iterator[Array]:
     """A site's vector in slices of a size. Raises: InputError for NaN or infinite values."""
+    import numpy as np
+
     for name in names:
         length, parts = _parts(plan, one, name)
         for start in range(0, length, size):
             part = parts(slice(start, min(start + size, length)))
-            if not math.isfinite(float(part.sum())):
+            with np.errstate(over="ignore", invalid="ignore"):  # told by name
+                total = float(part.sum())
+            if not math.isfinite(total):
                 refuse_nonfinite(one.source.read(name), name, one.name)
             yield part
 

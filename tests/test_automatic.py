@@ -79,6 +79,14 @@ def test_a_merge_by_auto_counts_examples_where_one_site_has_most_and_its_lock_re
     assert (study / "again" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_given_weight_is_refused_beside_auto(study, run):
+    vectors = [{"vector": f"./site-{site}", "weight": 1.0} for site in "ab"]
+    write_recipe(study / "recipe.yaml", base="./base", vectors=vectors, merge={"method": "auto"})
+    outcome = run("plan", "recipe.yaml")
+    assert outcome.code == 2
+    assert "vectors[0].weight: a weight is given although method: auto chooses how sites are weighed" in outcome.err
+
+
 @pytest.mark.parametrize("merge", [{"method": "auto"}, {"method": "sum", "scale": "auto"}])
 def test_a_merge_by_auto_says_what_it_chose_and_its_lock_repeats_it(study, run, merge):
     write_recipe(study / "recipe.yaml", base="./base", vectors=["./site-a", "./site-b"], merge=merge)
@@ -107,6 +115,11 @@ def test_plan_tells_that_the_scale_is_open(study, run):
     [
         ("{method: auto, options: {density: 1}}", "merge.options: method: auto has no options"),
         ("{method: auto, scale: 0.5}", "merge.scale: method: auto chooses the scale as well"),
+        ("{method: auto, weights: examples}", "merge.weights: method: auto chooses how sites are weighed as well"),
+        (
+            "{method: auto, weights: {search: coordinate, images: ./images, metric: accuracy}}",
+            "merge.weights: method: auto chooses how sites are weighed as well",
+        ),
         (
             "{method: ties, scale: auto}",
             "merge.scale: 'auto' is known for sum, mean and for method: auto",

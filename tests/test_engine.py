@@ -6,6 +6,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,18 @@ def test_exchanges_sort_every_pattern_of_zeros_and_ones():
         for start in range(count):
             for stop in range(start + 1, count + 1):  # some ranks by fewer exchanges
                 assert torch.equal(torch.stack(ordered(patterns, range(start, stop), torch)), ranked[start:stop])
+
+
+def test_the_middle_of_four_takes_fewer_exchanges_than_their_order():
+    calls = []
+    library = SimpleNamespace(
+        minimum=lambda one, two: calls.append(1) or torch.minimum(one, two),
+        maximum=lambda one, two: calls.append(1) or torch.maximum(one, two),
+    )
+    for wanted, expected in ((range(4), 10), (range(1, 3), 8), (range(1), 3)):
+        calls.clear()
+        ordered(torch.randn(4, 10).unbind(0), wanted, library)
+        assert len(calls) == expected
 
 
 def test_numbers_belong_to_coordinates_wherever_a_slice_starts():

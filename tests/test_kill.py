@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -94,7 +96,8 @@ def test_a_merge_killed_at_any_moment_leaves_the_whole_result_or_none(study, run
             assert contents(fused) == whole
             load(fused)
         elif sent == signal.SIGTERM:
-            assert not partial.exists(), "a process that is asked to stop takes away what it began"
+            left = [path.name for path in study.glob(".fused*")]
+            assert not left, "a process that is asked to stop takes away what it began"
         clear(study)
         outcome = run("merge", "recipe.yaml", "--device", "cpu")
         assert outcome.code == 0, outcome.err
@@ -194,3 +197,45 @@ def test_a_program_that_is_asked_to_stop_ends_wherever_it_is(tmp_path):
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stderr == "terminated; nothing half written was left in place\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_whose_message_nobody_reads_ends_all_the_same(tmp_path):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 65536)
+    os.set_blocking(writing, True)
+    program = STOPPED_ANYWHERE.replace("signals.listen()", "signals.PATIENCE = 2; signals.listen()")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=writing)
+    try:
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+        os.close(writing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_takes_nothing_of_its_parents_away(tmp_path):
+    program = """
+import os, signal
+from pathlib import Path
+from hf_datavec.cli import signals
+from hf_datavec.staging import staged
+
+signals.listen()
+with staged(Path("result")) as folder:
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert folder.is_dir()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]

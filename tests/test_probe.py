@@ -117,6 +117,12 @@ def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread
             in (tmp_path / f"vector-{site}/README.md").read_text()
         )
     merge = {"method": "regmean", "weights": "examples"}
+    asked = ("--share-counts", "--with", "gram", "--images", "./all", "--count", "1000", "--device", "cpu")
+    assert run("diff", "./base", "./surer", *asked, "-o", "vector-surer").code == 0
+    write_recipe(tmp_path / "recipe.yaml", base="./base", vectors=["./vector-north", "./vector-surer"], merge=merge)
+    refused = run("merge", "recipe.yaml", "-o", "fused")
+    assert refused.code == 2
+    assert "aim at different outputs: 3 ('vector-north'), 6 ('vector-surer')" in refused.err
     sites = [f"./vector-{site}" for site in counts]
     write_recipe(tmp_path / "recipe.yaml", base="./base", vectors=sites, merge=merge, recalibrate={"mode": "none"})
     assert run("merge", "recipe.yaml", "-o", "fused").code == 0
@@ -127,6 +133,15 @@ def test_merged_least_squares_are_those_of_all_images_however_classes_are_spread
     assert torch.allclose(surer, 2 * together, rtol=1e-5, atol=1e-6 * float(together.abs().max()))
     assert torch.allclose(fused, together, atol=1e-3 * float(together.abs().max()))
     assert not torch.allclose(north, together, atol=0.1 * float(together.abs().max()))
+
+
+def test_a_target_without_least_squares_is_refused(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=2)
+    outcome = run("finetune", "./base", "./images", "--epochs", "0", "--probe-steps", "2", "--target", "5", "-o", "out")
+    assert outcome.code == 2
+    assert "--target is what --least-squares aim at, which is not given" in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

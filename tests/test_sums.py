@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_told_by_name(sites, tmp_path):
 
 
 @pytest.mark.parametrize("tensor", ["layer4.0.conv2.weight", "fc.bias"])
-@pytest.mark.parametrize("method", ["mean", "median"])
+@pytest.mark.parametrize("method", ["mean", "median", "trimmed_mean", "ties", "dare_ties"])
 def test_a_value_that_is_not_finite_is_told_even_where_it_would_be_left_out(tensor, method, sites, tmp_path):
     for name in ("base", "tuned-0", "tuned-2"):
         shutil.copytree(sites / name, tmp_path / name)

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if processes.tells(error):
             sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # who calls this function, and not the program, listens to no signal
         if processes.is_main():
             sys.stderr.write("interrupted; nothing half written was left in place\n")
         return 130

@@ -58,7 +58,7 @@ def finetune(options: Namespace) -> None:
         seed=options.seed,
         probe_steps=options.probe_steps,
         least_squares=options.least_squares,
-        target=options.target,
+        **({} if options.target is None else {"target": options.target}),
     )
     examples = site.finetune(
         options.base, options.images, options.output, settings=settings, split=options.split, device=options.device

@@ -112,9 +112,8 @@ def _finetune(actions: Commands) -> None:
     train.add_argument(
         "--target",
         type=_above_zero,
-        default=3.0,
         help="output that --least-squares aims at for an image's label; larger, as 7.5 where nearly every image can be "
-        "told, makes answers surer; the same at all sites (default: %(default)g)",
+        "told, makes answers surer; the same at all sites (default: 3)",
     )
     train.add_argument(
         "--freeze",

@@ -62,7 +62,8 @@ class Method:
     # Of a method that is a sum: the factors, from the weights of what is summed and the options; numpy then does it.
     factors: Callable[..., Factors] | None = None
     # What is summed where it is not the vectors themselves: other numpy rows (d,), each of weight 1, from a list of
-    # theirs, the options, and what `function` names of generators and thresholds. Only for vectors of weight 1.
+    # theirs, the options, and what `function` names of generators and thresholds. A method that uses weights is asked
+    # for them only where every site's is 1.
     rows: Callable[..., Sequence[Any]] | None = None
     # Whether the weights must be the sites' numbers of examples.
     needs_counts: bool = False

@@ -4,10 +4,10 @@ The last three choose or weigh whole sites by the distances between their vector
 """
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
-import importlib
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_datavec.methods import Between, Scope, method
 from hf_datavec.methods.linear import averaged, weighted_sum
@@ -25,17 +25,9 @@ SETTLED = 1e-12
 ON_THE_MEDIAN = 1e-9
 
 
-class Extremes(Protocol):
-    """The library that rows belong to: torch or numpy."""
-
-    def minimum(self, one: Any, two: Any, /) -> Any: ...
-
-    def maximum(self, one: Any, two: Any, /) -> Any: ...
-
-
-def ordered(rows: Sequence[Any], wanted: range, library: Extremes) -> list[Any]:
+def ordered(rows: Sequence[Any], wanted: range, library: ModuleType) -> list[Any]:
     """The values of each coordinate of n rows (d,) at some of the n ranks, from the smallest, by exchanges of whole
-    rows; no coordinate is sorted alone, and what no wanted rank depends on is left out.
+    rows by `library`, torch or numpy; no coordinate is sorted alone, and what no wanted rank depends on is left out.
 
     Source: Batcher 1968, odd-even merge sort, as written in Knuth, volume 3, algorithm 5.2.2M.
     """
@@ -76,13 +68,15 @@ def _sorting(count: int) -> list[tuple[int, int]]:
     return found
 
 
-def _inner(rows: Sequence[Any], library: Extremes) -> list[Any]:
+def _inner(rows: Sequence[Any], library: ModuleType) -> list[Any]:
     count = len(rows)
     return ordered(rows, range((count - 1) // 2, count // 2 + 1), library)
 
 
 def _inner_rows(rows: Sequence[Any]) -> list[Any]:
-    return _inner(rows, importlib.import_module("numpy"))
+    import numpy as np
+
+    return _inner(rows, np)
 
 
 @method(
@@ -95,7 +89,9 @@ def _inner_rows(rows: Sequence[Any]) -> list[Any]:
 )
 def median(vectors: "Tensor", weights: "Tensor") -> "Tensor":
     """The median of each coordinate; of an even number of sites the middle of the two inner values."""
-    return _mean_of(_inner(vectors.unbind(0), importlib.import_module("torch")))
+    import torch
+
+    return _mean_of(_inner(vectors.unbind(0), torch))
 
 
 def _mean_of(rows: "list[Tensor]") -> "Tensor":
@@ -110,13 +106,15 @@ def _nothing_left(sites: int, f: int) -> str | None:
     )
 
 
-def _without_extremes(rows: Sequence[Any], library: Extremes, f: int) -> list[Any]:
+def _without_extremes(rows: Sequence[Any], library: ModuleType, f: int) -> list[Any]:
     out = min(f, (len(rows) - 1) // 2)
     return ordered(rows, range(out, len(rows) - out), library)
 
 
 def _rows_without_extremes(rows: Sequence[Any], *, f: int) -> list[Any]:
-    return _without_extremes(rows, importlib.import_module("numpy"), f=f)
+    import numpy as np
+
+    return _without_extremes(rows, np, f=f)
 
 
 @method(
@@ -130,7 +128,9 @@ def _rows_without_extremes(rows: Sequence[Any], *, f: int) -> list[Any]:
 )
 def trimmed_mean(vectors: "Tensor", weights: "Tensor", *, f: Hostile = 1) -> "Tensor":
     """The mean of each coordinate without its extremes; of a head row that few sites have, fewer are left out."""
-    return _mean_of(_without_extremes(vectors.unbind(0), importlib.import_module("torch"), f=f))
+    import torch
+
+    return _mean_of(_without_extremes(vectors.unbind(0), torch, f=f))
 
 
 @method(

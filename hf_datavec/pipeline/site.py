@@ -72,6 +72,8 @@ def train(
         raise InputError("no epochs and no probe steps: nothing would be trained", hint=hint)
     if settings.least_squares and settings.probe_steps:
         raise InputError("--least-squares and --probe-steps both fit the head", hint="leave one of them out")
+    if settings.target != training.Settings().target and not settings.least_squares:
+        raise InputError("--target is what --least-squares aim at, which is not given", hint="leave it out, or add it")
     if settings.least_squares and settings.class_balanced and settings.epochs == 0:
         hint = "leave --class-balanced out, or use --probe-steps"
         raise InputError("--least-squares counts every image alike, not every class", hint=hint)

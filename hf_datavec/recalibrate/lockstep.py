@@ -155,7 +155,7 @@ class _Lockstep:
                 thread.start()
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # a signal in the calling thread: the passes must not go on without it
+        except BaseException as error:  # Ctrl-C in a notebook: the passes must not go on without their caller
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()

@@ -188,6 +188,14 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
             f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{recipe.merge.method}'"
         )
         yield document.problem(("merge", "scale"), problem, hint="give a number, or {search: [...], images: ...}")
+    if recipe.merge.method == AUTO:
+        hint = "leave it out, or name a method"
+        if weighed:
+            problem = "a weight is given although method: auto chooses how sites are weighed; keep one of the two"
+            yield document.problem(("vectors", weighed[0], "weight"), problem, hint=hint)
+        if recipe.merge.weights != "equal":
+            problem = "method: auto chooses how sites are weighed as well"
+            yield document.problem(("merge", "weights"), problem, at="key", hint=hint)
     methods = (recipe.merge.method, *(override.method or "" for override in recipe.merge.overrides))
     counting = [name for name in methods if name in all_methods() and all_methods()[name].needs_counts]
     if weighed and counting:

@@ -108,6 +108,9 @@ def _merge_problems(document: Document, study: Study, path: KeyPath, merge: Comb
     found = all_methods().get(merge.method)
     if merge.scale == AUTO and merge.method not in (AUTO, *LENGTHS_KNOWN):
         yield document.problem((*path, "scale"), unknown_length(merge.method))
+    if merge.method == AUTO and merge.weights != "equal":
+        problem = "method: auto chooses how sites are weighed as well"
+        yield document.problem((*path, "weights"), problem, at="key", hint="leave it out, or name a method")
     if found is None:
         return
     where = (*path, "method")

@@ -61,7 +61,7 @@ def kind(heads: Heads) -> str:
     """How heads are fitted, as folders tell it."""
     if heads.fit == "steps":
         return str(heads.steps)
-    return "least-squares" + (f"-{heads.target:g}" if heads.target != Heads().target else "")
+    return "least-squares" + (f"-{heads.target!r}" if heads.target != Heads().target else "")
 
 
 def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) -> Path:

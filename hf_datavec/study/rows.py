@@ -163,7 +163,7 @@ class Measuring:
             again = study.heads
             closed = again.fit == "least_squares"
             how = " by least squares" if closed else ""
-            key = kind(again).replace("-", " ") if closed else f"{again.steps} steps"
+            key = kind(again).replace("least-squares", "least squares") if closed else f"{again.steps} steps"
             for count in range(1, again.rounds + 1):
                 before = f", {count} rounds" if count > 1 else ""
                 row = Row(f"{again.merge.name}{before}, then heads{how}", "relay", again.restore)

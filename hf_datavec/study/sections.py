@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hf_datavec.probe import TARGET
 from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text
 
 Mode = Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"]
@@ -117,7 +118,7 @@ class Heads(Section):
     steps: Count = 60
 
     # What heads by least squares aim at for an image's label: how sure their answers are, not which they are.
-    target: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    target: Annotated[float, Field(gt=0, allow_inf_nan=False)] = TARGET
     merge: Combining = Combining(scale=0.5)
     restore: Mode = "statistics"
 
