@@ -47,6 +47,9 @@ def is_main() -> bool:
 def join(*, cpu: bool) -> None:
     """Meet the other processes, if there are any; `cpu` keeps all of them off accelerators."""
     if count() > 1:
+        # Its functions keep the group they find as their default when they are first imported. A group that is kept is
+        # not taken down by `leave`, and its threads abort a Python that ends.
+        import torch.distributed.nn.functional  # noqa: F401
         from accelerate import PartialState
 
         try:

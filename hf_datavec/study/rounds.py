@@ -61,7 +61,8 @@ def kind(heads: Heads) -> str:
     """How heads are fitted, as folders tell it."""
     if heads.fit == "steps":
         return str(heads.steps)
-    return "least-squares" + (f"-{heads.target!r}" if heads.target != Heads().target else "")
+    target = repr(heads.target).removesuffix(".0")
+    return "least-squares" + (f"-{target}" if heads.target != Heads().target else "")
 
 
 def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) -> Path:
