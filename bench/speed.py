@@ -366,12 +366,12 @@ def draw(found: dict[str, list[tuple[int, list[Run]]]], path: Path, network: str
 
 
 def machine() -> Iterator[str]:
-    """What the times were measured on."""
+    """What the times were measured on, and by which command."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     yield f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    yield f"command: python bench/speed.py {' '.join(sys.argv[1:])}"
+    yield f"command: python bench/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
 
 
 def main() -> None:
