@@ -5,7 +5,6 @@ as large as the one at the boundary stay in, so how many are kept is exact whene
 """
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +94,10 @@ def agreeing_rows(kept: "Iterable[Array]", sites: int, *, normalize: bool) -> "A
     rows = iter(kept)
     first = next(rows)
     count = np.min_scalar_type(sites)
-    total, positive = np.zeros((2, len(first)))
-    above, below = np.zeros((2, len(first)), count)
-    for row in itertools.chain([first], rows):
+    total = first.astype(np.float64)
+    above, below = np.greater(first, 0).astype(count), np.less(first, 0).astype(count)
+    positive = np.maximum(first, 0, out=first).astype(np.float64)
+    for row in rows:
         np.add(total, row, out=total)
         if normalize:
             np.add(above, np.greater(row, 0).view(np.uint8), out=above)
