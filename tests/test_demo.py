@@ -28,6 +28,7 @@ def test_the_demo_leaves_what_it_promises_and_its_commands_work_when_copied(smal
 
     outcome = run("demo", "--out", "out")
     assert outcome.code == 0, outcome.err
+    assert outcome.err.count("No site shares BatchNorm statistics") == 1  # of seven merges that could say so
     out = tmp_path / "out"
     for path in ("base/model.safetensors", "recipe.yaml", "fused/model.safetensors", "accuracy.png",
                  "results.json", "cosines.png", *(f"vectors/{one}/README.md" for one in material.SITES)):  # fmt: skip

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,36 @@ def run(out: Path, *, seed: int, command: Callable[[Sequence[str]], int], say: C
     Raises: InputError if `out` exists or the `demo` extra is not installed; RunError if a step fails.
     """
     refuse_existing(out)
-    shell = Shell(command, say)
+    with _told_once():
+        _run(out, Shell(command, say), seed)
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Tell each warning and note once: the controls' are the merge's again."""
+    told: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        before = len(told)
+        told.add(record.getMessage())
+        return len(told) > before
+
+    handlers = list(logging.getLogger("hf_datavec").handlers)
+    for handler in handlers:
+        handler.addFilter(new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(new)
+
+
+def _run(out: Path, shell: Shell, seed: int) -> None:
     root = str(out) if out.is_absolute() else f"./{out}"
     shell.step("A network with real ImageNet weights, and real digits as four scanners show them")
     write_network(out / "imagenet")
     write_images(out / "images", seed=seed)
-    say(f"  {root}/imagenet and {root}/images/{{{','.join((*SITES, 'public', 'test'))}}}")
+    shell.say(f"  {root}/imagenet and {root}/images/{{{','.join((*SITES, 'public', 'test'))}}}")
     shell.step("The coordinator agrees on labels and hands the study base to all")
     shell.run("init", f"{root}/imagenet", "--labels", ",".join(LABELS), "--image-size", SIDE, "-o", f"{root}/base")
     for site, scanner in zip(SITES, SCANNERS, strict=True):
