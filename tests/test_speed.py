@@ -103,5 +103,5 @@ def test_a_merge_takes_little_memory_beyond_its_files_however_many_vectors_there
     by_torch = peaks.pop(("breadcrumbs", 8))
     assert max(peaks.values()) < 80 * MEGABYTE, peaks
     # Each thread of torch keeps memory of its own, so that it is as much as the pieces may take together.
-    assert by_torch < MOST_BYTES + 16 * MEGABYTE
+    assert by_torch < MOST_BYTES + 16 * MEGABYTE, by_torch
     assert peaks["mean", 8] - peaks["mean", 2] < large.nbytes, peaks
