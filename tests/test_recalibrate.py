@@ -134,20 +134,20 @@ def test_a_failing_image_ends_the_run_with_its_own_error(tmp_path):
 PROCESSES = """
 import sys, torch
 from pathlib import Path
-from accelerate import PartialState
-from hf_datavec import hub, models
+from hf_datavec import hub, models, processes
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
 from hf_datavec.recalibrate import Pictures, lockstep
 from hf_datavec.recalibrate.pooling import measure, summed
 from test_recalibrate import COUNT, restored
-state = PartialState(cpu=True)
+processes.join(cpu=True)
 network = models.load(Path(sys.argv[1]))
 images = open_images(hub.parse(sys.argv[2]))
-found = {"found": restored(network, 4), "one": restored(network, 4, count=1), "processes": state.num_processes}
+found = {"found": restored(network, 4), "one": restored(network, 4, count=1), "processes": processes.count()}
 found["probabilities"] = torch.tensor(predict(network, images, batch_size=4).probabilities)
-if state.is_main_process:
+if processes.is_main():
     torch.save(found, sys.argv[3])
+processes.leave()  # a group that is still joined when Python ends can abort it
 """
 
 
