@@ -123,9 +123,13 @@ class StoredTensors:
 
         It does not depend on how tensors are spread over files, nor on a file's metadata.
         """
+        return self.hashed(threads=min(4, os.cpu_count() or 1))
+
+    def hashed(self, *, threads: int) -> str:
+        """The content digest, computed now by so many threads."""
         # From the mapping that `array` reads, so that its pages are not asked for twice.
         contents = {file: self._opened("bytes", file, _mapped) for file in self.files}
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter lock
             hashes = list(
                 pool.map(
                     lambda record: _hash(contents[record.file], record),

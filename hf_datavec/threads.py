@@ -91,12 +91,14 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_to
     count = threads or before
     pool = ThreadPoolExecutor(count, "tensors", partial(torch.set_num_threads, 1) if torch else None)
     waiting: deque[tuple[int, Future[Result]]] = deque()
+    taken = 0  # by the result that was handed over last, which is still somewhere in use
     try:
         for task in tasks:
             while waiting and (
-                len(waiting) >= AHEAD * count or sum(held for held, _ in waiting) + task.nbytes > MOST_BYTES
+                len(waiting) >= AHEAD * count or sum(held for held, _ in waiting) + taken + task.nbytes > MOST_BYTES
             ):
-                yield waiting.popleft()[1].result()
+                taken, first = waiting.popleft()
+                yield first.result()
             waiting.append((task.nbytes, pool.submit(task.compute)))
         while waiting:
             yield waiting.popleft()[1].result()

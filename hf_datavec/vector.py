@@ -68,9 +68,9 @@ class TaskVector:
         stored = self.manifest.stored.items()
         return {name: math.prod(entry.shape) for name, entry in stored if entry.role is Role.WEIGHT}
 
-    def verify(self) -> None:
+    def verify(self, *, threads: int | None = None) -> None:
         """Compare the stored bytes with the manifest. Raises: InputError when they differ."""
-        found = self.tensors.digest
+        found = self.tensors.hashed(threads=threads) if threads else self.tensors.digest
         if found != self.manifest.content:
             raise InputError(
                 f"'{self.folder / VECTOR_FILE}' is not the file its {manifests.MANIFEST_FILE} describes: "

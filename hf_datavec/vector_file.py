@@ -17,7 +17,7 @@ from hf_datavec.staging import flushing
 from hf_datavec.tensors import Record, combined_digest
 from hf_datavec.threads import PIECE, Task, in_order
 from hf_datavec.vector import VECTOR_DTYPE, TunedDifferences, tool_versions
-from hf_datavec.writing import in_file_order, write_file
+from hf_datavec.writing import in_file_order, worth_caching, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +109,7 @@ def write_described(
     stored = draft.stored
     layout = [Record(name, VECTOR_DTYPE, entry.shape, folder, 0) for name, entry in stored.items()]
     squares: list[float] = []
+    cached = worth_caching(layout)
 
     def measured(name: str, where: slice | None = None) -> tuple[str, Values, float]:
         by_pieces = arrays or parts
@@ -136,12 +137,13 @@ def write_described(
             squares.append(square)
             yield name, difference
             written += difference.nbytes
-            if written >= FLUSHED:
+            if cached and written >= FLUSHED:
                 flush(folder / VECTOR_FILE)
                 written = 0
 
     with flushing() as flush:
-        content = combined_digest(write_file(folder / VECTOR_FILE, layout, stream(flush)))
+        written = write_file(folder / VECTOR_FILE, layout, stream(flush), cached=cached)
+    content = combined_digest(written)
     # Six digits, since the last bits depend on how many threads sum up.
     length = float(f"{math.sqrt(math.fsum(squares)):.6g}")
     result = draft.model_copy(update={"content": content, "norm": length}).sealed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,11 @@ from hf_datavec import headers
 from hf_datavec.errors import RunError
 from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.tensors import TORCH_NAMES, Record
+from hf_datavec.uncached import appending
+
+# A result of more bytes than this is not kept in the page cache for its next reader: taking memory for it costs more
+# than reading it from its disk, and may push out the networks that the next merge reads.
+MOST_CACHED = 2**29
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,14 +27,17 @@ if TYPE_CHECKING:
     Values = torch.Tensor | NDArray[np.generic]
 
 
-def write_file(path: Path, layout: Iterable[Record], stream: Iterable[tuple[str, Values]]) -> list[tuple[Record, str]]:
+def write_file(
+    path: Path, layout: Iterable[Record], stream: Iterable[tuple[str, Values]], *, cached: bool = True
+) -> list[tuple[Record, str]]:
     """Write tensors to `path` as they come, and return each record with the hash of its bytes.
 
     `layout` gives names, types and shapes; `stream` must yield the same names in the order of `in_file_order`, of each
-    the tensor, or its flattened values piece by piece. No more than one of them is held.
+    the tensor, or its flattened values piece by piece. No more than one of them is held. What is not `cached` is
+    written past the page cache.
     """
     coming = iter(stream)
-    written = write_into(path, lay_out(path, layout), coming)
+    written = write_into(path, lay_out(path, layout, reserve=not cached), coming, cached=cached)
     if next(coming, None) is not None:
         raise ValueError(f"stream yielded more than was planned for '{path}'")
     return written
@@ -45,33 +54,39 @@ def places(path: Path, layout: Iterable[Record]) -> list[Record]:
     return placed
 
 
-def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False) -> list[Record]:
+def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False, reserve: bool = False) -> list[Record]:
     """Make a file with its header, its final size and holes where its tensors go; returns their places.
 
-    With `keep`, what stands between header and end stays.
+    With `keep`, what stands between header and end stays. With `reserve` the disk sets its room aside at once, which
+    what is written past the page cache needs to be fast.
     """
     placed = places(path, layout)
     header, start = _header(placed)
     try:
         with open(path, "r+b" if keep and path.is_file() else "wb") as handle:
             handle.write(header)
-            handle.truncate(start + sum(record.nbytes for record in placed))
+            size = start + sum(record.nbytes for record in placed)
+            handle.truncate(size)
+            if reserve and hasattr(os, "posix_fallocate"):
+                handle.flush()
+                os.posix_fallocate(handle.fileno(), 0, size)
     except OSError as error:
         raise RunError(f"cannot write '{path}': {error.strerror}") from None
     return placed
 
 
-def write_into(path: Path, records: Sequence[Record], stream: Iterator[tuple[str, Values]]) -> list[tuple[Record, str]]:
+def write_into(
+    path: Path, records: Sequence[Record], stream: Iterator[tuple[str, Values]], *, cached: bool = True
+) -> list[tuple[Record, str]]:
     """Write the next tensors of a stream, as in `write_file`, to their places in a file that `lay_out` made.
 
-    Returns each record with the hash of its bytes.
+    `records` are neighbours in the file. Returns each with the hash of its bytes.
     """
     written: list[tuple[Record, str]] = []
     try:
-        with open(path, "r+b") as handle:
+        with appending(path, records[0].start if records else 0, cached=cached) as handle:
             for record in records:
                 hashed = blake3()
-                handle.seek(record.start)
                 for content in _contents(stream, record):
                     handle.write(content)
                     hashed.update(content)
@@ -95,6 +110,11 @@ def _contents(stream: Iterator[tuple[str, Values]], record: Record) -> Iterator[
             raise ValueError(f"stream yielded more values of '{name}' than planned")
         if missing == 0:
             return
+
+
+def worth_caching(layout: Iterable[Record]) -> bool:
+    """Whether tensors are few enough to be kept in the page cache when they are written."""
+    return sum(record.nbytes for record in layout) <= MOST_CACHED
 
 
 def in_file_order(layout: Iterable[Record]) -> list[Record]:

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from networks import digest, make_images, make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
+
+from hf_datavec import writing
+from hf_datavec.errors import InputError
+from hf_datavec.vector import TaskVector
 
 WEIGHTS = "model.safetensors"
 
@@ -141,3 +146,47 @@ def test_several_processes_are_refused_with_one_message(study):
     done = subprocess.run(command, cwd=study, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: hf-datavec was started as 2 processes, but plan runs as one\n")
+
+
+def test_a_vector_that_was_altered_is_told_even_where_its_values_end_the_merge_first(study, run):
+    file = study / "site-b" / "vector.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"  # NaN
+    file.write_bytes(content)
+    outcome = run("merge", "recipe.yaml")
+    assert outcome.code == 2
+    assert "vector.safetensors' is not the file its datavec.json describes" in outcome.err
+    assert "NaN" not in outcome.err
+    assert not (study / "fused").exists()
+    assert not list(study.glob(".fused*"))
+
+
+def test_a_merge_waits_until_all_vectors_are_verified(study, run, monkeypatch):
+    def late(*_, **__):
+        time.sleep(1)
+        raise InputError("too late")
+
+    monkeypatch.setattr(TaskVector, "verify", late)
+    outcome = run("merge", "recipe.yaml")
+    assert (outcome.code, outcome.err.split("\n")[-2]) == (2, "error: too late")
+    assert not (study / "fused").exists()
+
+
+def test_a_large_result_that_nobody_reads_again_is_the_same_bytes_written_past_the_cache(study, run, monkeypatch):
+    assert run("merge", "recipe.yaml").code == 0
+    monkeypatch.setattr(writing, "MOST_CACHED", 1000)
+    seen = []
+    real = writing.appending
+    monkeypatch.setattr(writing, "appending", lambda *a, cached: seen.append(cached) or real(*a, cached=cached))
+    assert run("merge", "recipe.yaml", "-o", "again").code == 0
+    assert run("diff", "base", "tuned-site-a", "-o", "vector").code == 0
+    assert set(seen) == {False}
+    same = [(study / name / "model.safetensors").read_bytes() for name in ("fused", "again")]
+    assert same[0] == same[1]
+    assert (study / "vector/vector.safetensors").read_bytes() == (study / "site-a/vector.safetensors").read_bytes()
+    restoring = write_recipe(
+        study / "r.yaml", base="./base", vectors=["./site-a"], output="./restored", recalibrate={"images": "./images"}
+    )
+    seen.clear()
+    assert run("merge", restoring).code == 0
+    assert set(seen) == {True}

@@ -164,6 +164,36 @@ def test_a_value_that_is_not_finite_is_told_even_where_it_would_be_left_out(tens
         dict(fuse.run(planned(tmp_path, entry="model", method=method)))
 
 
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Pieces and slices so short that small networks have many whole ones."""
+    for module in (fuse, sums):
+        monkeypatch.setattr(module, "PIECE", 2**10)
+    monkeypatch.setattr(sums, "slice_length", lambda sites: 2**7)
+
+
+def test_norms_and_cosines_of_large_tensors_are_estimated_from_some_of_their_slices(sites, short_pieces, monkeypatch):
+    plan, gram, products = planned(sites, method="mean"), Gram(), []
+    monkeypatch.setattr(sums, "products_of_rows", lambda rows: products.append(len(rows[0])) or products_of_rows(rows))
+    found, (expected, seen) = dict(fuse.run(plan, gram=gram)), by_torch(plan, monkeypatch)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+    assert sum(products) < 0.35 * sum(tensor.numel() for tensor in expected.values())
+    assert gram.geometry().norms == pytest.approx(seen.geometry().norms, rel=0.02)
+    assert np.allclose(gram.geometry().cosines, seen.geometry().cosines, atol=0.02)
+
+
+@pytest.mark.parametrize("method", ["mean", "median", "trimmed_mean", "dare_ties"])
+def test_a_value_that_is_not_finite_is_told_where_no_products_are_taken(method, sites, short_pieces, tmp_path):
+    for name in ("base", "tuned-0", "tuned-2"):
+        shutil.copytree(sites / name, tmp_path / name)
+    tensors = load_file(sites / "tuned-1" / "model.safetensors")
+    tensors["layer4.0.conv2.weight"].view(-1)[300] = float("inf")  # in the third slice of the first piece
+    save_with(sites / "tuned-1", tmp_path / "tuned-1", tensors)
+    with pytest.raises(InputError, match=r"tuned-1': tensor 'layer4.0.conv2.weight' has 1 NaN or infinite value"):
+        dict(fuse.run(planned(tmp_path, entry="model", method=method)))
+
+
 @pytest.mark.parametrize("count", [2, FEW, FEW + 1])
 def test_products_of_rows_are_those_of_tensors(count):
     rows = torch.randn(count, 1000, generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,11 +31,11 @@ from hf_datavec.pipeline.prepare import (
     prepare,
     search_images,
 )
+from hf_datavec.pipeline.verification import verifying
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.threads import import_ahead
-from hf_datavec.vector import TaskVector
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,22 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
         processes.on_main(lambda: refuse_existing(output))
     # Opened before anything is written, so that mistakes show early.
     images = processes.first_on_each_machine(lambda: _open_images(prepared))
-    processes.together(lambda: _verify(prepared.plan))
+    for note in prepared.plan.notes:
+        log.info("note: %s", note)
+    with verifying(prepared.plan) as verified:
+        return _merged(prepared, images, output, pushing=pushing, device=device, verified=verified)
+
+
+def _merged(
+    prepared: Prepared,
+    images: Images,
+    output: Path,
+    *,
+    pushing: bool,
+    device: devices.Device,
+    verified: Callable[[], None],
+) -> MergeResult:
+    """Make the fused model, or find it made, and hand it over; nothing appears before all vectors are `verified`."""
     place = devices.choose(device)
     # One process decides, since a number on an edge may fall to either side on another machine.
     decided = processes.on_main(lambda: automatic.decide(prepared.plan))
@@ -84,9 +99,10 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     if pushing:
         geometry = processes.on_main(lambda: finished.geometry_of(output, prepared, images.public, images.test, place))
         if geometry is not None:
+            verified()
             return _handed_over(prepared, output, geometry)
     processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
-    result = _made(prepared, why, images, (output, place))
+    result = _made(prepared, why, images, (output, place), verified)
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
 
 
@@ -121,7 +137,9 @@ def _staged(output: Path) -> Iterator[Path]:
         processes.on_main(stack.close)
 
 
-def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str]) -> MergeResult:
+def _made(
+    prepared: Prepared, why: str, images: Images, where: tuple[Path, str], verified: Callable[[], None]
+) -> MergeResult:
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
     chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
@@ -133,9 +151,10 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str])
         )
         # Only a merge in one go leaves weights that a next run would make again.
         resume = recipe.merge.searched is None and images.learning is None
+        again = not resume or chosen.mode != "none" or images.test is not None
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
-            digest = weights.write(writing, folder, place, seen, resume=resume)
+            digest = weights.write(writing, folder, place, seen, resume=resume, read_again=again)
             return restoring.restore(plan, folder, images.public, chosen, digest)
 
         plan, adapted = prepared.plan, None
@@ -153,6 +172,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str])
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
         measured = _measure(choice.plan, folder, images.test, place)
+        verified()
         done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured)
         processes.on_main(lambda: _finish(done, images, folder, output))
     return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)
@@ -190,15 +210,6 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
         (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
     elif not prepared.recipe.lock:
         log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, images.test))
-
-
-def _verify(plan: Plan) -> None:
-    """Tell the plan's notes, and hold every vector against its manifest. Raises: InputError when one differs."""
-    for note in plan.notes:
-        log.info("note: %s", note)
-    for one in plan.contributions[processes.index() :: processes.count()]:
-        if isinstance(one.source, TaskVector):
-            one.source.verify()
 
 
 def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeResult:

@@ -32,17 +32,19 @@ log = logging.getLogger(__name__)
 BESIDE = 16_000_000
 
 
-def write(plan: Plan, folder: Path, device: str, gram: Gram, *, resume: bool = False) -> str:
+def write(plan: Plan, folder: Path, device: str, gram: Gram, *, resume: bool = False, read_again: bool = True) -> str:
     """Write the fused tensors into the same files as the base has; returns the content digest.
 
     Every process must call it. `gram` counts the vectors. With `resume`, parts that an interrupted run of the same
-    merge has finished are verified and kept.
+    merge has finished are verified and kept. A large result that this run does not `read_again` is written past the
+    page cache.
     """
     by_file: dict[Path, list[Record]] = {}
     for step in plan.steps:
         by_file.setdefault(folder / step.record.file.name, []).append(step.record)
     ledger = Ledger(folder, key_of(plan, device.split(":")[0])) if resume else None
-    written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger)
+    cached = read_again or writing.worth_caching(step.record for step in plan.steps)
+    written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger, cached=cached)
     if [path.name for path in by_file] != [tensors.MODEL_FILE]:
         processes.on_main(lambda: _write_index(plan, folder, by_file))
     return tensors.combined_digest(written)
@@ -55,6 +57,7 @@ def write_files(
     gram: Gram,
     *,
     ledger: Ledger | None = None,
+    cached: bool = True,
 ) -> list[tuple[Record, str]]:
     """Write what a plan makes into files; returns each record with the hash of its bytes, the same in every process.
 
@@ -63,14 +66,14 @@ def write_files(
     """
     parts = parts_of({path: writing.places(path, records) for path, records in files.items()})
     found = _verified(parts, processes.on_main(ledger.claimed)) if ledger else {}
-    processes.on_main(lambda: _lay_out(files, ledger, keep=bool(found)))
+    processes.on_main(lambda: _lay_out(files, ledger, keep=bool(found), reserve=not cached))
     if found:
         log.info("going on with an interrupted merge: %d of %d parts are finished", len(found), len(parts))
     survey = processes.together(lambda: surveys.take(plan))
     for note in survey.notes(plan):
         log.info("note: %s", note)
     mine = processes.share([part for part in parts if part.number not in found])
-    done = processes.together(lambda: dict(_written(mine, ledger, _fusing(plan, device, survey))))
+    done = processes.together(lambda: dict(_written(mine, ledger, _fusing(plan, device, survey), cached=cached)))
     found |= dict(processes.gathered(list(done.items())))
     for part in parts:
         gram.count(found[part.number].products)
@@ -88,11 +91,11 @@ def _fusing(plan: Plan, device: str, survey: Survey) -> Fusing:
     return stream
 
 
-def _lay_out(files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, *, keep: bool) -> None:
+def _lay_out(files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, *, keep: bool, reserve: bool) -> None:
     for path, records in files.items():
         if not keep:
             path.unlink(missing_ok=True)  # a search writes again what a network may still have mapped
-        writing.lay_out(path, records, keep=keep)
+        writing.lay_out(path, records, keep=keep, reserve=reserve)
     if ledger is not None and not keep:
         ledger.begin()  # what another merge entered must not pass for this one's
 
@@ -106,7 +109,9 @@ def _verified(parts: Sequence[Part], claimed: Mapping[int, Finished]) -> dict[in
     return {number: claimed[number] for number in processes.gathered(good)}
 
 
-def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Iterator[tuple[int, Finished]]:
+def _written(
+    mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing, *, cached: bool
+) -> Iterator[tuple[int, Finished]]:
     with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell, flushing() as flush:
         for _, group in groupby(mine, key=lambda part: part.file):
             parts, seen = list(group), Gram()
@@ -114,10 +119,11 @@ def _written(mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing) -> Ite
             # One stream for all parts of a file: threads work ahead, also beyond the end of a part.
             stream = _telling(fusing(names, seen), tell)
             for part in parts:
-                pairs = writing.write_into(part.file, part.records, stream)
+                pairs = writing.write_into(part.file, part.records, stream, cached=cached)
                 finished = Finished(tuple(one for _, one in pairs), seen.taken())
                 if ledger is not None:  # else it is a trial, which no disk needs to hold
-                    flush(part.file)
+                    if cached:
+                        flush(part.file)
                     ledger.enter(part, finished)
                 yield part.number, finished
 
