@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_datavec import sums
+from hf_datavec import copies, sums
 from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
 from hf_datavec.combine import Sites, needs_whole, ready, slice_length
@@ -80,7 +80,8 @@ def pieces(
     by_torch = not sums.suffice(plan, device)
     make = _tasks if by_torch else _sums
     tasks = (task for step in ordered for task in make(plan, step, survey, device))
-    for name, piece, seen in in_order(tasks, threads=None if str(device) == "cpu" else 1, by_torch=by_torch):
+    threads = copies.THREADS if copies.is_gpu(device) else None if str(device) == "cpu" else 1
+    for name, piece, seen in in_order(tasks, threads=threads, by_torch=by_torch):
         if gram is not None and seen is not None:
             gram.include(seen)
         yield name, piece
@@ -152,6 +153,10 @@ class _Combining:
 
     def piece(self, where: range) -> Piece:
         """Base plus scaled combination in float64, so that the cast to the result's type is the only rounding."""
+        with copies.beside_others(self.device):
+            return self._piece(where)
+
+    def _piece(self, where: range) -> Piece:
         import torch
 
         step, count = self.step, len(self.plan.contributions)
@@ -172,7 +177,7 @@ class _Combining:
             for one in self.plan.contributions:
                 refuse_nonfinite(one.source.read(step.name), step.name, one.name)
         _refuse_overflow(step, result, lambda: self._largest(where))
-        return step.name, result.cpu(), seen.cpu().numpy()
+        return step.name, copies.returned(result), seen.cpu().numpy()
 
     def _largest(self, where: range) -> float:
         """The largest magnitude of the fused values before they are cast."""
@@ -185,8 +190,6 @@ class _Combining:
 
         The next slice's vectors take the place of this one's.
         """
-        import torch
-
         base = self.plan.base.tensors.read(self.step.name).reshape(-1)
         parts = [one.source.parts(self.step.name) for one in self.plan.contributions]
         whole = needs_whole(self.step.method) or str(self.device) != "cpu"
@@ -195,10 +198,12 @@ class _Combining:
         for start in range(where.start, where.stop, length):
             here = slice(start, min(start + length, where.stop))
             rows = [part(here) for part in parts]
-            if room is None or room.shape[1] != len(rows[0]):
-                room = rows[0].new_empty(len(rows), len(rows[0]))
-            vectors = (torch.stack(rows, out=room) if len(rows) > 1 else rows[0][None]).to(self.device)
-            yield vectors, base[here].to(self.device), self.combine(_clipped(vectors, self.sites), start)
+            vectors = room = copies.stacked(rows, self.device, room)
+            yield (
+                vectors,
+                copies.stacked([base[here]], self.device)[0],
+                self.combine(_clipped(vectors, self.sites), start),
+            )
 
 
 def _clipped(vectors: torch.Tensor, sites: Sites) -> torch.Tensor:
