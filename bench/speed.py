@@ -244,6 +244,21 @@ def write_recipe(folder: Path, method: str, **entries: list[str]) -> str:
     return path.name
 
 
+def tell_of_mergekit_yaml(folder: Path, method: str, options: argparse.Namespace) -> None:
+    """Say how much of the network `mergekit-yaml` merges; it takes names from the live module, and is no comparison."""
+    program = Path(options.mergekit).with_name("mergekit-yaml")
+    if method not in MERGEKIT or not program.exists() or not (folder / "tuned-0").exists():
+        return
+    text = (
+        folder / write_mergekit(folder, method, [f"base/{MODEL}", f"tuned-0/{MODEL}", f"tuned-1/{MODEL}"])
+    ).read_text()
+    (folder / "mergekit.yaml").write_text(text.replace(f"/{MODEL}", ""), "utf-8")
+    run = timed([str(program), "--quiet", "mergekit.yaml", "out"], folder, keep=True)
+    count = sum(len(read_header(file)) for file in (folder / "out").glob("*.safetensors"))
+    print(f"mergekit-yaml: {count} of {len(read_header(folder / 'base' / MODEL))} tensors{'' if run else ', failed'}")
+    remove(folder / "out")
+
+
 def write_mergekit(folder: Path, method: str, files: list[str]) -> str:
     """mergekit's configuration of the same merge."""
     path = folder / f"mergekit-{method}.yaml"
@@ -256,8 +271,11 @@ def write_mergekit(folder: Path, method: str, files: list[str]) -> str:
     return path.name
 
 
-def timed(command: list[str], folder: Path) -> Run | None:
-    """Run one program to its end, in a folder without output; nothing when it fails, which is told."""
+def timed(command: list[str], folder: Path, *, keep: bool = False) -> Run | None:
+    """Run one program to its end, in a folder without output; nothing when it fails, which is told.
+
+    With `keep` its output stays.
+    """
     remove(folder / "out")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     begun = time.monotonic()
@@ -274,7 +292,8 @@ def timed(command: list[str], folder: Path) -> Run | None:
             told.seek(0)
             print(f"{' '.join(command)[:60]}... failed: {told.read().decode()[-1000:]}", flush=True)
             return None
-    remove(folder / "out")
+    if not keep:
+        remove(folder / "out")
     return Run(seconds, usage.ru_utime + usage.ru_stime, peak[0])
 
 
@@ -314,6 +333,8 @@ def compare(folder: Path, method: str, options: argparse.Namespace) -> None:
             if not name.startswith("mergekit") or number < options.mergekit_rounds:
                 found.setdefault(name, []).append(timed(command, folder))
     found = {name: [run for run in runs if run] for name, runs in found.items() if all(runs)}
+    if not {"floor", "hf-datavec"} <= set(found):
+        raise SystemExit(f"{method}: floor and hf-datavec must both run, since all others are compared to them")
     print(f"\n{options.network}, {method}, base + {options.vectors}, {options.rounds} rounds")
     print("| program | seconds | to the floor | to hf-datavec | processor seconds | peak MB |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -324,6 +345,8 @@ def compare(folder: Path, method: str, options: argparse.Namespace) -> None:
         rest = (spread(to_floor), spread(to_ours), spread([run.processor for run in runs], 1))
         memory = max(run.memory for run in runs) / 1e6
         print(f"| {name} | {spread(seconds)} | {' | '.join(rest)} | {memory:.0f} |", flush=True)
+    if options.mergekit:
+        tell_of_mergekit_yaml(folder, method, options)
 
 
 def grow(folder: Path, options: argparse.Namespace) -> None:
@@ -383,7 +406,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mergekit", help="mergekit-pytorch in an environment of its own")
     parser.add_argument("--mergekit-rounds", type=int, default=5)
-    parser.add_argument("--without", nargs="+", default=[], help="programs to leave out, such as naive")
+    others = ("torch", "naive", "hf-datavec, models", "mergekit", "mergekit, async")
+    parser.add_argument("--without", nargs="+", default=[], choices=others, help="programs to leave out")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "hf-datavec-bench")
     parser.add_argument("--grow", type=int, nargs="+", help="numbers of vectors to merge, instead of a comparison")
     parser.add_argument("--plot", type=Path, help="with --grow: where to draw the result")

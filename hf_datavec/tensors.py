@@ -6,10 +6,11 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +32,13 @@ NUMPY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bo
 NUMPY_NAMES |= {
     f"{sign}{bits}": f"{kind}{bits}" for sign, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
+
+# Types that no weight has, but that a buffer in a file may.
+OTHER_TORCH_NAMES = {name: kind for name, kind in NUMPY_NAMES.items() if name not in TORCH_NAMES}
+OTHER_TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"}
+# Of mmap(2): no memory is set aside for copies. Else Linux refuses to map a file larger than all memory, though nobody
+# will write to it.
+MAP_NORESERVE = 0x4000
 
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_FILE = "model.safetensors"
@@ -71,7 +79,7 @@ class StoredTensors:
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
-    def _files(self) -> dict[tuple[str, Path], tuple[Any, tuple[int, int]]]:
+    def _files(self) -> dict[Path, tuple[mmap.mmap, tuple[int, int]]]:
         return {}
 
     @property
@@ -87,11 +95,14 @@ class StoredTensors:
 
         Raises: RunError when the file has gone or changed since it was opened.
         """
-        from safetensors import safe_open
+        import torch
 
-        opened = self._opened("torch", self.records[name].file, partial(safe_open, framework="pt"))
-        tensor: torch.Tensor = opened.get_tensor(name)
-        return tensor
+        record = self.records[name]
+        content, count = self._opened(record.file), math.prod(record.shape)
+        kind: torch.dtype = getattr(torch, TORCH_NAMES.get(record.dtype) or OTHER_TORCH_NAMES[record.dtype])
+        if not count:
+            return torch.empty(record.shape, dtype=kind)
+        return torch.frombuffer(content, dtype=kind, count=count, offset=record.start).reshape(record.shape)
 
     def array(self, name: str) -> NDArray[np.generic]:
         """The tensor without torch, of a type in `NUMPY_NAMES`: the file itself, mapped, not to be written to.
@@ -101,20 +112,22 @@ class StoredTensors:
         import numpy as np
 
         record = self.records[name]
-        content = self._opened("bytes", record.file, _mapped)
+        content = self._opened(record.file)
         kind, count = np.dtype(NUMPY_NAMES[record.dtype]), math.prod(record.shape)
         found: NDArray[np.generic] = np.frombuffer(content, kind, count, record.start).reshape(record.shape)
+        found.flags.writeable = False
         return found
 
-    def _opened(self, library: str, file: Path, opening: Callable[[Path], Any]) -> Any:
+    def _opened(self, file: Path) -> mmap.mmap:
+        """The bytes of a file, mapped once."""
         now = _stamp(file)
-        opened, stamp = self._files.get((library, file), (None, self.stamps.get(file, now)))
+        opened, stamp = self._files.get(file, (None, self.stamps.get(file, now)))
         if now != stamp:
             # Seen before it is touched: beyond the end of a file that was cut, a mapping ends the process.
             raise RunError(f"'{file}' was changed while it was being read", hint="let it be, and run again")
         if opened is None:
-            opened = opening(file)
-            self._files[library, file] = opened, stamp
+            opened = _mapped(file)
+            self._files[file] = opened, stamp
         return opened
 
     @cached_property
@@ -127,8 +140,8 @@ class StoredTensors:
 
     def hashed(self, *, threads: int) -> str:
         """The content digest, computed now by so many threads."""
-        # From the mapping that `array` reads, so that its pages are not asked for twice.
-        contents = {file: self._opened("bytes", file, _mapped) for file in self.files}
+        # From the mapping that is read later, so that its pages are not asked for twice.
+        contents = {file: self._opened(file) for file in self.files}
         with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter lock
             hashes = list(
                 pool.map(
@@ -170,9 +183,12 @@ def _hash(content: mmap.mmap, record: Record) -> str:
 
 
 def _mapped(file: Path) -> mmap.mmap:
-    """The bytes of a file that holds some, not to be written to."""
+    """The bytes of a file that holds some; who writes to them gets a copy, and the file stays as it is."""
     with open(file, "rb") as handle:
-        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        if not sys.platform.startswith("linux"):
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(handle.fileno(), 0, flags=flags, prot=protection)
 
 
 def open_file(path: Path) -> StoredTensors:

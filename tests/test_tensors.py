@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from networks import digest
 from safetensors.torch import load_file, save_file
 
 from hf_datavec.errors import InputError, RunError
+from hf_datavec.headers import write_hollow
 from hf_datavec.tensors import INDEX_FILE, Record, combined_digest, open_file, open_folder
 from hf_datavec.writing import in_file_order, overwrite, write_file
 
@@ -386,3 +389,33 @@ def test_a_file_that_changes_after_its_header_was_read_is_not_read_by_that_heade
         path.write_bytes(content[: len(content) // 2] if change == "cut" else b"")
     with pytest.raises(RunError, match=r"was changed while it was being read|cannot read"):
         opened.digest if look == "digest" else getattr(opened, look)("a")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sizes are Linux's account of memory")
+def test_a_file_larger_than_all_memory_is_mapped_and_read_in_parts(tmp_path):
+    length = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    write_hollow(tmp_path / "large.safetensors", {"a": ("F32", [length], (0, 4 * length))})
+    stored = open_file(tmp_path / "large.safetensors")
+    assert stored.read("a")[length - 5 :].tolist() == [0.0] * 5
+    assert stored.array("a")[length - 5 :].tolist() == [0.0] * 5
+
+
+def test_what_is_written_to_a_tensor_does_not_reach_its_file(tmp_path):
+    path = tmp_path / "some.safetensors"
+    save_file({"a": torch.ones(4)}, path)
+    stored = open_file(path)
+    stored.read("a").add_(1)
+    assert load_file(path)["a"].tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match="read-only"):
+        stored.array("a")[0] = 5
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bool", "uint16", "uint32", "int8", "complex64"])
+def test_tensors_of_any_type_are_read_as_the_library_reads_them(dtype, tmp_path):
+    tensor = torch.tensor([[0, 1, 2], [3, 1, 0]]).to(getattr(torch, dtype))
+    save_file({"a": tensor, "none": tensor[:0]}, tmp_path / "some.safetensors")
+    stored = open_file(tmp_path / "some.safetensors")
+    for name, expected in load_file(tmp_path / "some.safetensors").items():
+        found = stored.read(name)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.view(torch.uint8).tolist() == expected.view(torch.uint8).tolist()
