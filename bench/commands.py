@@ -5,8 +5,8 @@
 
 `python` starts and ends the interpreter. `plan` is of eight local vectors. `diff` is of one fine-tune, and `copies`
 read its two networks and write a file as large as one of them through a small buffer. With `--search` a search over
-ten scales, measured on two images, stands beside a merge without one and an evaluation on the same images, so that it
-shows what trials cost.
+ten scales, measured on two images, stands beside a merge without one and a program that loads one network and evaluates
+it ten times on the same images; the last line holds the search against two merges and these evaluations.
 Networks, rounds and what is shown are those of `bench/speed.py`.
 """
 
@@ -22,6 +22,19 @@ from speed import FLOOR, MODEL, NETWORKS, Run, machine, make, ours, spread, time
 
 VECTORS, PLANNED = 4, 8
 SCALES = [number / 10 for number in range(1, 11)]
+MERGES = 2  # that a search may cost beside its evaluations
+SEARCH, EVALUATIONS = f"search over {len(SCALES)} scales", f"{len(SCALES)} evaluations"
+# What any search must do: start, load one network, evaluate it once for every value.
+EVALUATING = """
+import sys
+from pathlib import Path
+from hf_datavec import hub, models
+from hf_datavec.evaluate import evaluate_network
+from hf_datavec.images import open_images
+network, images = models.load(Path(sys.argv[1])), open_images(hub.parse(sys.argv[2]))
+for _ in range(int(sys.argv[3])):
+    evaluate_network(network, images, batch_size=64)
+"""
 
 
 def programs(folder: Path, *, search: bool) -> dict[str, tuple[list[str], str]]:
@@ -44,7 +57,8 @@ def programs(folder: Path, *, search: bool) -> dict[str, tuple[list[str], str]]:
     return {
         "merge": ([*ours("merge"), write(folder / "plain.yaml", plain), "-o", "out"], "merge"),
         "evaluate": ([*ours("evaluate"), "tuned-0", "images"], "merge"),
-        "search over 10 scales": ([*ours("merge"), write(folder / "search.yaml", searching), "-o", "out"], "merge"),
+        EVALUATIONS: ([sys.executable, "-c", EVALUATING, "tuned-0", "images", str(len(SCALES))], "merge"),
+        SEARCH: ([*ours("merge"), write(folder / "search.yaml", searching), "-o", "out"], "merge"),
     }
 
 
@@ -91,6 +105,16 @@ def main() -> None:
         times = spread([run.seconds for run in runs]), f"{spread(ratios)} {other}"
         memory = max(run.memory for run in runs) / 1e6
         print(f"| {name} | {' | '.join(times)} | {spread([run.processor for run in runs], 1)} | {memory:.0f} |")
+    if options.search:
+        print(f"\n{SEARCH} to {MERGES} merges and {EVALUATIONS}: {to_allowed(found, 'seconds')} in seconds, ", end="")
+        print(f"{to_allowed(found, 'processor')} in processor seconds")
+
+
+def to_allowed(found: dict[str, list[Run]], what: str) -> str:
+    """A search's cost over that of two merges and the evaluations, round by round."""
+    cost = {name: [getattr(run, what) for run in found[name]] for name in ("merge", EVALUATIONS, SEARCH)}
+    rounds = zip(cost[SEARCH], cost["merge"], cost[EVALUATIONS], strict=True)
+    return spread([search / (MERGES * merge + evaluations) for search, merge, evaluations in rounds])
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import LABELS, digest, make_images, make_network, make_vector, save_with, write_recipe
+from networks import LABELS, NETWORKS, digest, make_images, make_network, make_vector, save_with, tune, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_datavec import vector
+from hf_datavec import evaluate, models, vector
 from hf_datavec.metrics import Estimate
 from hf_datavec.models import load
+from hf_datavec.pipeline import weights
 from hf_datavec.search import Search, Trial, over_weights, rank
 
 WEIGHTS = "model.safetensors"
@@ -128,6 +129,90 @@ def test_each_vector_is_read_once_whatever_the_number_of_values(searching, run, 
     assert run("merge", scale_recipe(searching)).code == 0
     assert set(reads.values()) == {1}
     assert {site for site, _ in reads} == {"site-a", "site-b"}
+
+
+def test_a_search_loads_one_network_and_writes_weights_twice(searching, run, monkeypatch):
+    done: Counter[str] = Counter()
+
+    def counted(module, name):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            done[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(models, "load")
+    counted(weights, "write")
+    assert run("merge", scale_recipe(searching)).code == 0
+    assert done == {"load": 1, "write": 2}  # of the first trial, and what is kept
+
+
+NONE, STATISTICS = {"mode": "none"}, {"mode": "statistics", "images": "./images", "count": 12}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"dtype": "float32", "recalibrate": STATISTICS},
+        {"dtype": "bfloat16", "recalibrate": STATISTICS},
+        {"dtype": "bfloat16", "recalibrate": NONE},
+    ],
+    ids=["float32", "bfloat16", "bfloat16-none"],
+)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_trial_in_memory_has_the_bits_that_its_file_would_have(kind, sections, tmp_path, run, monkeypatch):
+    base = make_network(kind, tmp_path / "base", labels=LABELS[:2])
+    for number, labels in enumerate((LABELS[:2], LABELS[1:])):
+        # Heads of other labels: the fused one has three rows, and the base two.
+        shape_of = make_network(kind, tmp_path / f"own-{number}", labels=labels, seed=1)
+        tune(shape_of, tmp_path / f"tuned-{number}", seed=number)
+        make_vector(base, tmp_path / f"tuned-{number}", tmp_path / f"site-{number}")
+    make_images(tmp_path / "images", each=5)
+    original, seen = evaluate.evaluate_network, []
+
+    def kept(network, images, **options):
+        tensors, names = network.module.state_dict(), models.stored_names(network)
+        seen.append((network, {name: tensors[live].clone() for name, live in names.items()}))
+        return original(network, images, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate_network", kept)
+    recipe = {"base": "./base", "vectors": ["./site-0", "./site-1"], "dtype": dtype, "recalibrate": restore}
+    merge = {
+        "scale": {"search": [0.3, 0.7, 0.1], "images": "./images"},
+        "overrides": [{"tensors": ".*bias", "scale": 2}],
+    }
+    outcome = run("merge", write_recipe(tmp_path / "r.yaml", **recipe, merge=merge), "-o", "fused")
+    assert outcome.code == 0, outcome.err
+    assert len({id(network) for network, _ in seen}) == 1
+    assert len(seen) == 3
+    for value, (_, tensors) in zip(merge["scale"]["search"], seen, strict=True):
+        alone = write_recipe(tmp_path / "alone.yaml", **recipe, merge={**merge, "scale": value})
+        assert run("merge", alone, "-o", f"alone-{value}").code == 0
+        written = load_file(tmp_path / f"alone-{value}" / WEIGHTS)
+        assert written.keys() == tensors.keys()
+        for name, tensor in written.items():
+            assert torch.equal(tensor.to(tensors[name].dtype), tensors[name]), name
+
+
+def test_a_network_larger_than_its_device_is_written_and_loaded_for_each_value(searching, run, monkeypatch):
+    in_memory = json.loads(run("merge", scale_recipe(searching), "--json").out)["search"]["trials"]
+    whole = digest(searching / "fused" / WEIGHTS)
+    monkeypatch.setenv("HF_DATAVEC_MAX_MEMORY", "20KB")
+    loads: list[models.Network] = []
+    original = models.load
+
+    def load_and_tell(*arguments, **options):
+        loads.append(original(*arguments, **options))
+        return loads[-1]
+
+    monkeypatch.setattr(models, "load", load_and_tell)
+    outcome = run("merge", scale_recipe(searching), "--json", "-o", "again")
+    assert outcome.code == 0, outcome.err
+    assert [one.device is not None for one in loads] == [True] * len(VALUES)
+    assert json.loads(outcome.out)["search"]["trials"] == in_memory
+    assert digest(searching / "again" / WEIGHTS) == whole
 
 
 def test_the_lock_of_a_search_pins_what_was_found_and_needs_no_images(searching, run):

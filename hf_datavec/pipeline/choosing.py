@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import models, processes, variants
+from hf_datavec import processes, variants
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import DatavecError, InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline import weights
+from hf_datavec.pipeline.trying import Tried
 from hf_datavec.plan import Contribution, Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Measured, Merge, Override, ScaleSearch, WeightSearch
@@ -25,10 +26,6 @@ from hf_datavec.vector import Combination
 
 if TYPE_CHECKING:
     import torch
-
-    # Writes and restores a fused model, from the plan that recipe and card tell, the plan that makes its weights,
-    # and what the sites' vectors are shown to.
-    Make = Callable[[Plan, Plan, Gram], object]
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +43,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Tries settings in a folder that holds everything of the fused model but its weights."""
+    """Tries settings on labelled images."""
 
     images: ImageSet
-    folder: Path
-    make: Make
-    device: str
+    tried: Tried
 
     def choose(self, plan: Plan, gram: Gram) -> Choice:
         """The plan with the best scale or weights that the recipe's search finds.
@@ -63,7 +58,7 @@ class Chooser:
         """
         wanted = plan.recipe.merge.searched
         if isinstance(wanted, ScaleSearch):
-            combined = _combined(plan, self.folder / COMBINATION, self.device, gram)
+            combined = _combined(plan, self.tried.folder / COMBINATION, self.tried.device, gram)
             values = progress(wanted.search, text="search", total=len(wanted.search), unit="scale")
             trials = [
                 self._trial(wanted, float(value), variants.scaled(plan, value), variants.scaled(combined, value))
@@ -102,8 +97,7 @@ class Chooser:
         return Trial(setting, estimate)
 
     def _measured(self, wanted: Measured, plan: Plan, writing: Plan) -> Evaluation:
-        self.make(plan, writing, Gram())
-        network = models.load(self.folder, device=self.device)
+        network = self.tried.network(plan, writing)
         return evaluation.evaluate_network(network, self.images, batch_size=wanted.batch_size)
 
     def _result(self, kind: str, wanted: Measured, plan: Plan, trials: list[Trial]) -> Search:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_datavec import automatic, heatmap, hub, lineage, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
@@ -31,11 +32,15 @@ from hf_datavec.pipeline.prepare import (
     prepare,
     search_images,
 )
+from hf_datavec.pipeline.trying import Tried
 from hf_datavec.pipeline.verification import verifying
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.threads import import_ahead
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +162,9 @@ def _made(
             digest = weights.write(writing, folder, place, seen, resume=resume, read_again=again)
             return restoring.restore(plan, folder, images.public, chosen, digest)
 
+        def restored(plan: Plan, network: models.Network) -> Mapping[str, torch.Tensor]:
+            return restoring.restored(plan, network, images.public, chosen)
+
         plan, adapted = prepared.plan, None
         if images.learning is not None:
             start = variants.scaled(plan, 1.0) if recipe.merge.searched else plan
@@ -166,7 +174,8 @@ def _made(
             plan = replace(plan, coefficients=adapted.learned.coefficients)
         choice = Choice(plan, plan)
         if images.labelled is not None:
-            choice = Chooser(images.labelled, folder, make, place).choose(plan, gram)
+            tried = Tried(folder, make, restored, place)
+            choice = Chooser(images.labelled, tried).choose(plan, gram)
         prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())

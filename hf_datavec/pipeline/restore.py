@@ -70,25 +70,45 @@ def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
 
 def restore(plan: Plan, folder: Path, public: ImageSet | None, chosen: Restoration, digest: str) -> tuple[str, str]:
     """Restore the network in the written folder; returns what to say about it and the new content digest."""
-    wanted = plan.recipe.recalibrate
-    # A search may have given the sites other weights since.
-    chosen = replace(chosen, sites=recalibrate.sharing(plan.base, plan.contributions, device=chosen.sites.device))
     if not plan.base.has_statistics:
         return "The network has no BatchNorm, so no statistics needed restoring.", digest
-    if wanted is None or chosen.mode == "none":
+    if plan.recipe.recalibrate is None or chosen.mode == "none":
         return " ".join(filter(None, ("BatchNorm statistics are the base's.", chosen.caution))), digest
-    if public is None:
-        restored = recalibrate.as_tensors(chosen.sites.home())
-        text = f"The statistics of {len(restored) // 2} BatchNorm layers were combined from the sites' own."
-    else:
-        network = models.load(folder, device=chosen.sites.device)
-        text = _on_images(network, public, wanted, chosen)
-        if not text:
-            problem = f"'{plan.base.folder}' stores running statistics, but none of its layers is a BatchNorm"
-            raise InputError(problem, hint="use recalibrate: {mode: none}")
-        restored = processes.on_main(lambda: models.stored(network, _wanted_names(chosen.mode)))
+    text, restored = _found(plan, lambda: models.load(folder, device=chosen.sites.device), public, chosen)
     written = processes.on_main(lambda: _write(plan, folder, restored))
     return " ".join(filter(None, (text, chosen.caution))), written
+
+
+def restored(
+    plan: Plan, network: models.Network, public: ImageSet | None, chosen: Restoration
+) -> Mapping[str, torch.Tensor]:
+    """What restoring changes in a network with the plan's weights, which it is shown in: tensors by their names in the
+    file."""
+    if not plan.base.has_statistics or plan.recipe.recalibrate is None or chosen.mode == "none":
+        return {}
+    _, found = _found(plan, lambda: network, public, chosen)
+    found = _changing(plan, found)
+    _refuse_broken(found, {step.name: step.record for step in plan.steps})
+    return found
+
+
+def _found(
+    plan: Plan, network_of: Callable[[], models.Network], public: ImageSet | None, chosen: Restoration
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """A sentence about the restoration, and the restored tensors by their names in the file."""
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # else nobody asks
+    # A search may have given the sites other weights since.
+    chosen = replace(chosen, sites=recalibrate.sharing(plan.base, plan.contributions, device=chosen.sites.device))
+    if public is None:
+        found = recalibrate.as_tensors(chosen.sites.home())
+        return f"The statistics of {len(found) // 2} BatchNorm layers were combined from the sites' own.", found
+    network = network_of()
+    text = _on_images(network, public, wanted, chosen)
+    if not text:
+        problem = f"'{plan.base.folder}' stores running statistics, but none of its layers is a BatchNorm"
+        raise InputError(problem, hint="use recalibrate: {mode: none}")
+    return text, processes.on_main(lambda: models.stored(network, _wanted_names(chosen.mode)))
 
 
 def _wanted_names(mode: str) -> Callable[[str], bool]:
@@ -195,8 +215,8 @@ def _pictures(
 def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> str:
     """Put restored tensors into the written file; returns the new content digest."""
     stored = tensors.open_folder(folder)
-    restored = {name: value for name, value in restored.items() if plan.base.roles[name].value != "constant"}
-    _refuse_broken(restored, stored)
+    restored = _changing(plan, restored)
+    _refuse_broken(restored, stored.records)
     writing.overwrite(stored.records, restored)
     before = recalibrate.of_base(plan.base)
     after = {
@@ -208,12 +228,16 @@ def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> st
     return tensors.open_folder(folder).digest
 
 
-def _refuse_broken(restored: Mapping[str, torch.Tensor], stored: tensors.StoredTensors) -> None:
+def _changing(plan: Plan, restored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in restored.items() if plan.base.roles[name].value != "constant"}
+
+
+def _refuse_broken(restored: Mapping[str, torch.Tensor], records: Mapping[str, tensors.Record]) -> None:
     """Raise InputError when restored tensors are NaN or infinite, or become so in the type they are stored in."""
     import torch
 
     for name, value in sorted(restored.items()):
-        dtype = stored.records[name].dtype
+        dtype = records[name].dtype
         if not bool(torch.isfinite(value.to(getattr(torch, tensors.TORCH_NAMES[dtype]))).all()):
             raise InputError(
                 f"the restored statistics '{name}' are not finite in {dtype}",

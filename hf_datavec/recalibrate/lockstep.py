@@ -140,8 +140,9 @@ class _Lockstep:
     measured: dict[str, list[Measured]] = field(default_factory=dict)
 
     def run(self, batches: list[Callable[[], torch.Tensor]]) -> None:
-        self._turn, self._size = 0, len(batches)
-        self._changed = threading.Condition()
+        self._size = len(batches)
+        # One for each, so that handing over wakes one thread and not all of them.
+        self._turns = [threading.Semaphore(0) for _ in batches]
         self._local = threading.local()
         self._arrived: list[tuple[str, Images]] = []
         self._failure: BaseException | None = None
@@ -153,12 +154,11 @@ class _Lockstep:
         try:
             for thread in threads:
                 thread.start()
+            self._turns[0].release()
             for thread in threads:
                 thread.join()
         except BaseException as error:  # Ctrl-C in a notebook: the passes must not go on without their caller
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            self._fail(error)
             # They end at their next layer. One that came back from torch while Python is taken down would abort it.
             for thread in threads:
                 if thread.ident is not None:
@@ -181,7 +181,7 @@ class _Lockstep:
         except _AbandonedError:
             pass
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread
-            self._failure = self._failure or error
+            self._fail(self._failure or error)
         finally:
             self._pass_turn(index)
 
@@ -202,13 +202,15 @@ class _Lockstep:
         self.measured.setdefault(name, []).append(measured)
         _assign(layer, self.settle(name, measured))
 
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        for turn in self._turns:
+            turn.release()
+
     def _await_turn(self, index: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn == index or self._failure is not None)
+        self._turns[index].acquire()
         if self._failure is not None:
             raise _AbandonedError
 
     def _pass_turn(self, index: int) -> None:
-        with self._changed:
-            self._turn = (index + 1) % self._size
-            self._changed.notify_all()
+        self._turns[(index + 1) % self._size].release()

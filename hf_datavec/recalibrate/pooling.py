@@ -118,19 +118,19 @@ def measure(values: torch.Tensor) -> Images:
     middle = rows[0].mean(0)
     length = rows.shape[1]
     if length * channels <= BLOCK:
-        found = list(_sums(rows.split(max(1, BLOCK // max(1, length * channels))), middle))
+        found = _sums(rows.split(max(1, BLOCK // max(1, length * channels))), middle)
     else:
-        found = [_whole_sums(image[None].split(BLOCK // channels + 1, dim=1), middle) for image in rows]
-    totals, squares = (torch.cat(part) for part in zip(*found, strict=True))
-    shift = totals / length
-    variances = (squares / length - shift**2).clamp(min=0)
-    return Images(torch.full_like(shift[:, :1], length), middle + shift, variances)
+        found = (_whole_sums(image[None].split(BLOCK // channels + 1, dim=1), middle) for image in rows)
+    totals, squares = (torch.cat(part).double() for part in zip(*found, strict=True))
+    shift = totals.div_(length)
+    variances = squares.div_(length).sub_(shift.square()).clamp_(min=0)
+    return Images(torch.full_like(shift[:, :1], length), shift.add_(middle), variances)
 
 
 def _whole_sums(blocks: Sequence[torch.Tensor], middle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums over the rows of all blocks of an image."""
+    """The sums over the rows of all blocks of an image, in float64."""
     totals, squares = zip(*_sums(blocks, middle), strict=True)
-    return sum(totals[1:], totals[0]), sum(squares[1:], squares[0])
+    return sum(totals[1:], totals[0].double()), sum(squares[1:], squares[0].double())
 
 
 def _sums(blocks: Sequence[torch.Tensor], middle: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -141,7 +141,7 @@ def _sums(blocks: Sequence[torch.Tensor], middle: torch.Tensor) -> Iterator[tupl
     for block in blocks:
         offset = torch.sub(block, middle, out=room[: block.shape[0], : block.shape[1]])
         total = offset.sum(1)
-        yield total.double(), offset.square_().sum(1).double()
+        yield total, offset.square_().sum(1)
 
 
 def summed(parts: Sequence[Images]) -> Measured:
@@ -150,17 +150,18 @@ def summed(parts: Sequence[Images]) -> Measured:
 
     values = torch.cat([part.values for part in parts])
     means = torch.cat([part.means for part in parts])
-    variances = torch.cat([part.variances for part in parts]).clamp(min=0)
+    variances = torch.cat([part.variances for part in parts])
     total = values.sum()
     mean = (values * means).sum(0) / total
-    squares = variances + (means - mean) ** 2
+    squares = variances.add_((means - mean).square_())
     whole = Moments(float(total), mean, (values * squares).sum(0))
     return Measured(whole, _spread(means), _spread(squares))
 
 
 def _spread(each: torch.Tensor) -> Moments:
+    """The moments of one value per image and channel, in whose place their squared offsets are left."""
     mean = each.mean(0)
-    return Moments(float(len(each)), mean, ((each - mean) ** 2).sum(0))
+    return Moments(float(len(each)), mean, each.sub_(mean).square_().sum(0))
 
 
 def all_of(groups: Sequence[Measured]) -> Measured:

@@ -1,0 +1,91 @@
+"""The network of one setting of a search after the other: written and loaded once, and from then on set in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_datavec import fuse, models, processes
+from hf_datavec.checkpoint import Role
+from hf_datavec.geometry import Gram
+from hf_datavec.models import Network
+from hf_datavec.plan import Plan
+from hf_datavec.tensors import TORCH_NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+    # Writes and restores a fused model, from the plan that recipe and card tell, the plan that makes its weights,
+    # and what the sites' vectors are shown to.
+    Make = Callable[[Plan, Plan, Gram], object]
+    # The tensors, by their names in the file, that restoring a network with a plan's weights gives it.
+    Restored = Callable[[Plan, Network], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A network in memory whose tensors are written over, by their names in the model's file."""
+
+    network: Network
+    tensors: Mapping[str, torch.Tensor]
+
+    def take(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Give tensors the values that a file would give them."""
+        import torch
+
+        with torch.no_grad():
+            for name, value in values:
+                self.tensors[name].copy_(value)
+
+
+@dataclass
+class Tried:
+    """Makes networks in a folder that holds everything of the fused model but its weights."""
+
+    folder: Path
+    make: Make
+    restored: Restored
+    device: str
+    kept: InMemory | None = field(default=None, init=False)
+
+    def network(self, plan: Plan, writing: Plan) -> Network:
+        """The restored network of a plan, its bits those that a merge writes; it is good until the next is asked for.
+
+        A network that does not fit its device, or whose tensors are others in memory than in the file, is written and
+        loaded each time. Every process must call it.
+        """
+        if self.kept is None:
+            self.make(plan, writing, Gram())
+            network = models.load(self.folder, device=self.device)
+            self.kept = _in_memory(network, plan)
+            return network
+        # Counters are the base's in every trial.
+        merged = {step.name for step in writing.steps if step.role is not Role.CONSTANT}
+        self.kept.take(fuse.run(writing, only=merged, device=self.device))
+        self.kept.take(_as_stored(plan, self.restored(plan, self.kept.network)))
+        return self.kept.network
+
+
+def _as_stored(plan: Plan, values: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors rounded to the types that they have in the file."""
+    import torch
+
+    types = {step.name: step.record.dtype for step in plan.steps}
+    for name, value in values.items():
+        yield name, value.to(getattr(torch, TORCH_NAMES[types[name]]))
+
+
+def _in_memory(network: Network, plan: Plan) -> InMemory | None:
+    """The network with its tensors by their names in the file, where that is possible in every process."""
+    found = None
+    if network.device is None:
+        live, names = network.module.state_dict(), models.stored_names(network)
+        tensors = {name: live[place] for name, place in names.items()}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+            step.name: tuple(step.record.shape) for step in plan.steps
+        }:
+            found = InMemory(network, tensors)
+    # All go the same way, since writing takes exchanges that setting does not.
+    return found if all(processes.gathered([found is not None])) else None
