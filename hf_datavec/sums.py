@@ -16,7 +16,7 @@ from hf_datavec.geometry import products_of_rows
 from hf_datavec.methods import Factors, Method, all_methods
 from hf_datavec.plan import Plan, Step
 from hf_datavec.recipe import Recipe
-from hf_datavec.tensors import NUMPY_NAMES, StoredTensors
+from hf_datavec.tensors import NUMPY_NAMES, Nothing, StoredTensors
 from hf_datavec.threads import PIECE
 from hf_datavec.vector import Combination
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # Of a whole piece one slice in this many is multiplied out for the norms and cosines that card and plot show, since all
 # would cost as much as the sum. Of ten million weights a cosine's error is some 0.0006; `inspect` counts all of them.
 COUNTED = 4
+# Bases whose values numpy can be given.
+KNOWN = (StoredTensors, Nothing)
 
 
 def expected(recipe: Recipe, base: Checkpoint) -> bool:
@@ -59,7 +61,7 @@ def suffice(plan: Plan, device: object) -> bool:
     Methods must be sums, nothing may be clipped, and numpy must know the types; heads must have the same
     rows everywhere.
     """
-    if str(device) != "cpu" or plan.recipe.merge.clip is not None or not isinstance(plan.base.tensors, StoredTensors):
+    if str(device) != "cpu" or plan.recipe.merge.clip is not None or not isinstance(plan.base.tensors, KNOWN):
         return False
     one_head = all(one.labels == plan.labels == plan.base.labels for one in plan.contributions)
     sites = all(one.source.by_numpy for one in plan.contributions)
@@ -97,7 +99,7 @@ def piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
 def _piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
     import numpy as np
 
-    assert isinstance(plan.base.tensors, StoredTensors)  # else they do not suffice
+    assert isinstance(plan.base.tensors, KNOWN)  # else they do not suffice
     base, dtype = plan.base.tensors.array(step.name).reshape(-1), np.dtype(NUMPY_NAMES[step.record.dtype])
     if not step.is_merged:
         kept = base[where.start : where.stop].astype(dtype, copy=False)

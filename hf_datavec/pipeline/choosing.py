@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,11 @@ from hf_datavec.plan import Contribution, Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Measured, Merge, Override, ScaleSearch, WeightSearch
 from hf_datavec.search import Search, Trial, Weights, over_weights
-from hf_datavec.tensors import Record, open_file
+from hf_datavec.tensors import Nothing, open_file
 from hf_datavec.vector import Combination
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +117,6 @@ def clear(folder: Path) -> None:
     (folder / COMBINATION).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Nothing:
-    """Tensors that leave whatever is added to them as it is, the sign of a zero included."""
-
-    records: Mapping[str, Record]
-
-    def read(self, name: str) -> torch.Tensor:
-        import torch
-
-        return torch.full(self.records[name].shape, -0.0, dtype=torch.float64)
-
-
 def _combined(plan: Plan, path: Path, device: str, gram: Gram) -> Plan:
     """The plan whose only contribution is what the methods of another make of its vectors, written to `path`.
 
@@ -138,7 +125,7 @@ def _combined(plan: Plan, path: Path, device: str, gram: Gram) -> Plan:
     """
     steps = [step for step in plan.steps if step.role in (Role.WEIGHT, Role.HEAD)]
     layout = [replace(step.record, dtype="F64") for step in steps]
-    nothing = replace(plan.base, tensors=_Nothing(plan.base.records))  # type: ignore[arg-type]
+    nothing = replace(plan.base, tensors=Nothing(plan.base.records))  # type: ignore[arg-type]
     bare = replace(
         plan,
         base=nothing,

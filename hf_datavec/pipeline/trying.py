@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from hf_datavec.tensors import TORCH_NAMES
 if TYPE_CHECKING:
     import torch
 
+    from hf_datavec.writing import Values
+
     # Writes and restores a fused model, from the plan that recipe and card tell, the plan that makes its weights,
     # and what the sites' vectors are shown to.
     Make = Callable[[Plan, Plan, Gram], object]
@@ -31,13 +34,22 @@ class InMemory:
     network: Network
     tensors: Mapping[str, torch.Tensor]
 
-    def take(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Give tensors the values that a file would give them."""
+    def take(self, pieces: Iterable[tuple[str, Values]]) -> None:
+        """Give tensors the values that a file would give them: each whole, or flat and piece by piece in its order."""
         import torch
 
         with torch.no_grad():
-            for name, value in values:
-                self.tensors[name].copy_(value)
+            for name, some in itertools.groupby(pieces, key=lambda piece: piece[0]):
+                tensor = self.tensors[name]
+                # One whose memory has another order than the file takes its values at once.
+                flat = tensor.view(-1) if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
+                done = 0
+                for _, piece in some:
+                    values = torch.as_tensor(piece).reshape(-1)
+                    flat[done : done + len(values)].copy_(values)
+                    done += len(values)
+                if not tensor.is_contiguous():
+                    tensor.copy_(flat.view(tensor.shape))
 
 
 @dataclass
@@ -63,7 +75,7 @@ class Tried:
             return network
         # Counters are the base's in every trial.
         merged = {step.name for step in writing.steps if step.role is not Role.CONSTANT}
-        self.kept.take(fuse.run(writing, only=merged, device=self.device))
+        self.kept.take(fuse.pieces(writing, only=merged, device=self.device))
         self.kept.take(_as_stored(plan, self.restored(plan, self.kept.network)))
         return self.kept.network
 
