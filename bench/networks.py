@@ -17,8 +17,10 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from hf_datavec.examples import AUGMENTS, Augment
 
 SITES = tuple(f"site-{letter}" for letter in "abcd")
 PARTS = {"test": 0.19, "public": 0.11}  # shares of the patients; the sites divide the rest
@@ -42,6 +44,7 @@ class Study:
     epochs: float
     learning_rate: float
     warmup: float
+    augment: Augment = "none"
 
 
 def pad(data: Path) -> Study:
@@ -143,7 +146,12 @@ def train(study: Study, base: Path, folder: Path, name: str, seed: int) -> None:
     begun = time.monotonic()
     if not tuned.exists():
         settings = Settings(
-            epochs=study.epochs, learning_rate=study.learning_rate, warmup=study.warmup, seed=seed, weight_decay=0.01
+            epochs=study.epochs,
+            learning_rate=study.learning_rate,
+            warmup=study.warmup,
+            seed=seed,
+            weight_decay=0.01,
+            augment=study.augment,
         )
         site.finetune(str(base), str(folder / "images" / name), tuned, settings=settings, device="cpu")
     if not vector.exists():
@@ -159,6 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--augment", choices=AUGMENTS, default="none", help="how training shows pictures")
     parser.add_argument("--no-pooled", action="store_true", help="leave the network on all images for later")
     chosen = parser.parse_args()
     import torch
@@ -170,6 +179,7 @@ def main() -> None:
     if chosen.study == "pad" and chosen.data is None:
         parser.error("pad needs DATA, the folder of PAD-UFES-20")
     study = pad(chosen.data) if chosen.study == "pad" else digits()
+    study = replace(study, augment=chosen.augment)
     make(study, chosen.out.absolute(), chosen.seeds, pooled=not chosen.no_pooled)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hf_datavec.examples import Augment
 from hf_datavec.probe import TARGET
 from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text
 
@@ -65,6 +66,7 @@ class Training(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     class_balanced: bool = False
+    augment: Augment = "none"
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     probe_steps: Annotated[int, Field(ge=0)] = 0
 
