@@ -81,6 +81,8 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("relay: {merge: {methd: sum}}", "relay.merge: unknown key 'methd'"),
         ("seeds: [1, 1]", "seeds: the seed 1 is given twice"),
         ("heads: {fit: least_squares, steps: 5}", "heads.steps: heads by least squares take no steps"),
+        ("budgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
+        ("relay: {rounds: 2}\nbudgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
         ("heads: {steps: 5, target: 5}", "heads.target: heads by steps aim at no output"),
     ],
 )
@@ -386,7 +388,7 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
         assert torch.allclose(second[name].double(), first[name].double() + mean, atol=1e-6)
     # After two rounds of merging likewise.
     relayed = folder / "rounds" / "sum_x_0.5-statistics-2"
-    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "heads-20"))
+    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "round-2-heads-20"))
     assert {name for name in merged if not torch.equal(merged[name], headed[name])} == moved
 
 
@@ -404,6 +406,36 @@ def test_a_round_of_heads_by_least_squares_gives_the_head_of_all_sites_images(cl
     assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
     rows = {row["name"] for row in json.loads((clinic / "results" / "results.json").read_text())["rows"]}
     assert {"sum x 0.5, then heads by least squares, statistics", "heads alone by least squares"} <= rows
+
+
+def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(clinic, run):
+    write_study(
+        clinic,
+        seeds=[0],
+        federated=None,
+        relay={"rounds": 2, "epochs": 2},
+        heads={"steps": 20, "rounds": 2},
+        budgets=["epochs", "rounds"],
+        restore=["statistics"],
+    )
+    outcome = run("study", "study.yaml", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    names = {row["name"] for row in json.loads((clinic / "results" / "results.json").read_text())["rows"]}
+    assert {
+        "sum x 0.5, 2 rounds of 2 epochs, statistics", "sum x 0.5, 2 rounds of 2 epochs, then heads, statistics",
+        "sum x 0.5, then heads, statistics", "all data pooled, equal epochs", "all data pooled, 4 epochs",
+    } <= names  # fmt: skip
+    vectors = clinic / "results" / "seed-0" / "vectors"
+    trained = {
+        str(path.parent.relative_to(vectors)): json.loads(path.read_text())["training"]["epochs"]
+        for path in vectors.rglob("datavec.json")
+    }
+    rounds = {name: epochs for name, epochs in trained.items() if "round-" in name and "heads" not in name}
+    again = "sum_x_0.5-statistics-each-2/round-2"
+    assert rounds == {f"{again}/site-1": 2, f"{again}/site-2": 2}
+    assert (trained["site-1"], trained["pooled-epochs"], trained["pooled-rounds/4"]) == (2, 2, 4)
+    lineage = json.loads((vectors / again / "site-1" / "datavec.json").read_text())["base"]["digest"]
+    assert lineage != json.loads((vectors / "site-1" / "datavec.json").read_text())["base"]["digest"]
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

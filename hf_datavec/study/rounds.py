@@ -20,16 +20,25 @@ from hf_datavec.study.sections import Combining, Heads
 FEDAVG, FEDAVG_MODE = Combining(method="linear", options={"normalize": True}, weights="examples"), "moments"
 
 
-def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
-    """The fused models of each round, made now if they are not kept yet; every round has the same share of epochs."""
-    name = f"{slug(merge.name)}-{mode}-{rounds}"
+def relay(seed: Seed, rounds: int, merge: Combining, mode: str, *, epochs: float | None = None) -> list[Path]:
+    """The fused models of each round, made now if they are not kept yet.
+
+    Every round has `epochs`, or without them the same share of the study's.
+    """
+    name = f"{slug(merge.name)}-{mode}-{rounds}" if epochs is None else f"{slug(merge.name)}-{mode}-each-{epochs:g}"
+    share = 1 / rounds if epochs is None else epochs / seed.place.study.training.epochs
     base, found = seed.place.base, []
     for number in range(1, rounds + 1):
         fused = seed.folder / "rounds" / name / f"round-{number}"
         if not fused.exists():
             # A probe would throw away what the head has learned in the rounds before.
-            settings = seed.settings(share=1 / rounds, probe=number == 1)
-            vectors = [seed.vector(f"{name}/round-{number}/{site}", site, settings, base=base) for site in seed.sites]
+            settings = seed.settings(share=share, probe=number == 1)
+            if number == 1 and share == 1:  # what the sites have trained anyway
+                vectors = seed.site_vectors()
+            else:
+                vectors = [
+                    seed.vector(f"{name}/round-{number}/{site}", site, settings, base=base) for site in seed.sites
+                ]
             network = fuse_and_restore(seed, vectors, merge, mode, base)
             seed.write(network, open_checkpoint(base), fused)
         base = fused
@@ -42,8 +51,10 @@ def with_heads(seed: Seed, heads: Heads, rounds: int = 1) -> Path:
     merge, mode = heads.merge, heads.restore
     name = f"{slug(merge.name)}-{mode}-heads-{kind(heads)}"
     if rounds > 1:
-        fused = relay(seed, rounds, merge, mode)[-1]
-        return _merged_heads(seed, f"{name}-{rounds}", heads, fused, fused.with_name(f"heads-{kind(heads)}"))
+        again = seed.place.study.relay
+        fused = relay(seed, rounds, merge, mode, epochs=again.epochs if again else None)[-1]
+        place = fused.with_name(f"{fused.name}-heads-{kind(heads)}")
+        return _merged_heads(seed, f"{name}-{fused.parent.name}-{fused.name}", heads, fused, place)
     first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
     if not first.exists():
         network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)

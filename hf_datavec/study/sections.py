@@ -97,9 +97,12 @@ class Federated(Section):
 
 
 class Relay(Section):
-    """Rounds of merging: the fused model of one is the base of the next; epochs are shared out over the rounds."""
+    """Rounds of merging: the fused model of one is the base of the next."""
 
     rounds: Annotated[int, Field(ge=2)] = 2
+
+    # Of every round, those before `heads:` as well; without it, the study's epochs are shared out over the rounds.
+    epochs: Positive | None = None
     merge: Combining = Combining(scale=0.5)
     restore: Mode = "statistics"
 
@@ -113,7 +116,7 @@ class Heads(Section):
 
     fit: Literal["steps", "least_squares"] = "steps"
 
-    # Up to how many rounds of merging come before it, which share the epochs out; each number has a row.
+    # Up to how many rounds of merging come before it, of as many epochs as those of `relay:`; each number has a row.
     rounds: Annotated[int, Field(ge=1)] = 1
 
     # A head that is fitted to the end fits its site; the mean of heads was better after some tens (docs/evidence.md).
@@ -140,8 +143,9 @@ class Study(Section):
     restore: Annotated[tuple[Mode, ...], Field(min_length=1, strict=False)] = ("none", "statistics")
     # The scales of the curves of the sum.
     curve: Annotated[tuple[Finite, ...], Field(strict=False)] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    # Pooled at equal epochs takes n times the steps of a site; at equal steps it does not.
-    budgets: Annotated[tuple[Literal["epochs", "steps"], ...], Field(strict=False)] = ("epochs", "steps")
+    # Pooled at equal epochs takes n times the steps of a site; at equal steps it does not. `rounds` are the epochs of
+    # all rounds of `relay:` together.
+    budgets: Annotated[tuple[Literal["epochs", "steps", "rounds"], ...], Field(strict=False)] = ("epochs", "steps")
     federated: Federated | None = Federated()
     relay: Relay | None = None
     heads: Heads | None = None
