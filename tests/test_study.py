@@ -22,6 +22,7 @@ from networks import make_images, make_network
 from ruamel.yaml import YAML
 
 from hf_datavec import models, study
+from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.errors import InputError, InputErrors
 from hf_datavec.located import parse
 from hf_datavec.study import comparison, partition, pictures
@@ -83,6 +84,7 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("heads: {fit: least_squares, steps: 5}", "heads.steps: heads by least squares take no steps"),
         ("budgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
         ("relay: {rounds: 2}\nbudgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
+        ("relay: {heads: true}", "relay.heads: needs 'heads:'"),
         ("heads: {steps: 5, target: 5}", "heads.target: heads by steps aim at no output"),
     ],
 )
@@ -413,7 +415,7 @@ def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(cli
         clinic,
         seeds=[0],
         federated=None,
-        relay={"rounds": 2, "epochs": 2},
+        relay={"rounds": 2, "epochs": 2, "heads": True},
         heads={"steps": 20, "rounds": 2},
         budgets=["epochs", "rounds"],
         restore=["statistics"],
@@ -422,7 +424,8 @@ def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(cli
     assert outcome.code == 0, outcome.err
     names = {row["name"] for row in json.loads((clinic / "results" / "results.json").read_text())["rows"]}
     assert {
-        "sum x 0.5, 2 rounds of 2 epochs, statistics", "sum x 0.5, 2 rounds of 2 epochs, then heads, statistics",
+        "sum x 0.5, 2 rounds of 2 epochs with heads between, statistics",
+        "sum x 0.5, 2 rounds of 2 epochs with heads between, then heads, statistics",
         "sum x 0.5, then heads, statistics", "all data pooled, equal epochs", "all data pooled, 4 epochs",
     } <= names  # fmt: skip
     vectors = clinic / "results" / "seed-0" / "vectors"
@@ -431,11 +434,13 @@ def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(cli
         for path in vectors.rglob("datavec.json")
     }
     rounds = {name: epochs for name, epochs in trained.items() if "round-" in name and "heads" not in name}
-    again = "sum_x_0.5-statistics-each-2/round-2"
+    again = "sum_x_0.5-statistics-each-2-heads-20/round-2"
     assert rounds == {f"{again}/site-1": 2, f"{again}/site-2": 2}
     assert (trained["site-1"], trained["pooled-epochs"], trained["pooled-rounds/4"]) == (2, 2, 4)
-    lineage = json.loads((vectors / again / "site-1" / "datavec.json").read_text())["base"]["digest"]
-    assert lineage != json.loads((vectors / "site-1" / "datavec.json").read_text())["base"]["digest"]
+    # The second round begins with the first one's fused model and the heads that the sites fitted to it.
+    between = clinic / "results" / "seed-0" / "rounds" / again.replace("round-2", "round-1-heads-20")
+    base = json.loads((vectors / again / "site-1" / "datavec.json").read_text())["base"]["digest"]
+    assert base == open_checkpoint(between).tensors.digest
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

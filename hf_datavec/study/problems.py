@@ -101,6 +101,9 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
     if "rounds" in study.budgets and not (study.relay and study.relay.epochs):
         problem = "'rounds' are the epochs of all rounds of 'relay:', which does not say how many each has"
         yield document.problem(("budgets",), problem, hint="add relay: {epochs: ...}, or leave 'rounds' out")
+    if study.relay and study.relay.heads and not study.heads:
+        hint = "add heads: {...}, which says how heads are fitted"
+        yield document.problem(("relay", "heads"), "needs 'heads:'", hint=hint)
     for key, later in (("relay", study.relay), ("heads", study.heads)):
         if later:
             yield from _merge_problems(document, study, (key, "merge"), later.merge)

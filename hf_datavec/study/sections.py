@@ -103,6 +103,9 @@ class Relay(Section):
 
     # Of every round, those before `heads:` as well; without it, the study's epochs are shared out over the rounds.
     epochs: Positive | None = None
+
+    # Whether each round but the first begins with heads that the sites fitted to the fused model, as `heads:` says.
+    heads: bool = False
     merge: Combining = Combining(scale=0.5)
     restore: Mode = "statistics"
 
