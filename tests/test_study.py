@@ -84,6 +84,7 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("heads: {fit: least_squares, steps: 5}", "heads.steps: heads by least squares take no steps"),
         ("budgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
         ("relay: {rounds: 2}\nbudgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
+        ("start: {}\ntraining: {probe_steps: 5}", "training.probe_steps: would throw away the heads of 'start:'"),
         ("relay: {heads: true}", "relay.heads: needs 'heads:'"),
         ("heads: {steps: 5, target: 5}", "heads.target: heads by steps aim at no output"),
     ],
@@ -433,7 +434,7 @@ def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(cli
         str(path.parent.relative_to(vectors)): json.loads(path.read_text())["training"]["epochs"]
         for path in vectors.rglob("datavec.json")
     }
-    rounds = {name: epochs for name, epochs in trained.items() if "round-" in name and "heads" not in name}
+    rounds = {name: epochs for name, epochs in trained.items() if "round-" in name and epochs}
     again = "sum_x_0.5-statistics-each-2-heads-20/round-2"
     assert rounds == {f"{again}/site-1": 2, f"{again}/site-2": 2}
     assert (trained["site-1"], trained["pooled-epochs"], trained["pooled-rounds/4"]) == (2, 2, 4)
@@ -441,6 +442,38 @@ def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(cli
     between = clinic / "results" / "seed-0" / "rounds" / again.replace("round-2", "round-1-heads-20")
     base = json.loads((vectors / again / "site-1" / "datavec.json").read_text())["base"]["digest"]
     assert base == open_checkpoint(between).tensors.digest
+
+
+def test_heads_first_are_what_all_networks_of_a_seed_start_from(clinic, run):
+    from safetensors.torch import load_file
+
+    write_study(
+        clinic, seeds=[0], federated=None, relay=None, restore=["none"], start={"steps": 20}, budgets=["epochs"],
+        heads={"steps": 20},
+    )  # fmt: skip
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    results = clinic / "results"
+    folder = results / "seed-0"
+    base, start = (load_file(place / "model.safetensors") for place in (results / "base", folder / "start"))
+    moved = {name for name in base if not torch.equal(base[name], start[name])}
+    assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
+    heads = [load_file(folder / "vectors" / "start" / site / "vector.safetensors") for site in ("site-1", "site-2")]
+    for name in moved:
+        mean = (heads[0][name].double() + heads[1][name].double()) / 2
+        assert torch.allclose(start[name].double(), base[name].double() + mean, atol=1e-6)
+    digest = open_checkpoint(folder / "start").tensors.digest
+    for name in ("site-1", "site-2", "pooled-epochs"):
+        assert json.loads((folder / "vectors" / name / "datavec.json").read_text())["base"]["digest"] == digest
+    # The recipe of a merge gives what the study has measured.
+    assert run("merge", folder / "recipes" / "sum_x_0.5.yaml", "-o", "fused").code == 0
+    kept = next(path for path in folder.glob("predictions/*.npy") if path.name.startswith("sum_x_0.5__none"))
+    places = json.loads((folder / "parts.json").read_text())["test"]["images"]
+    table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
+    network = models.load(clinic / "fused")
+    with torch.no_grad():
+        pixels = table.images.tensors(network.preprocess, places)
+        expected = torch.softmax(network.logits(pixels).double(), 1).numpy()
+    assert np.allclose(np.load(kept), expected, atol=1e-6)
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

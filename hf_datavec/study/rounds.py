@@ -39,7 +39,7 @@ def relay(seed: Seed, rounds: int, merge: Combining, mode: str, how: Pace) -> li
     """The fused models of each round, made now if they are not kept yet."""
     name = "-".join((slug(merge.name), mode, *_told(rounds, how)))
     share = 1 / rounds if how.epochs is None else how.epochs / seed.place.study.training.epochs
-    base, found = seed.place.base, []
+    base, found = seed.base, []
     for number in range(1, rounds + 1):
         fused = seed.folder / "rounds" / name / f"round-{number}"
         if not fused.exists():
@@ -70,8 +70,8 @@ def with_heads(seed: Seed, heads: Heads, rounds: int = 1) -> Path:
     name = f"{slug(merge.name)}-{mode}-heads-{kind(heads)}"
     first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
     if not first.exists():
-        network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
-        seed.write(network, open_checkpoint(seed.place.base), first)
+        network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.base)
+        seed.write(network, open_checkpoint(seed.base), first)
     return _merged_heads(seed, f"{name}/round-2", heads, first, second)
 
 
@@ -79,6 +79,12 @@ def _headed(seed: Seed, fused: Path, heads: Heads) -> Path:
     """The fused model of a round of a relay with the sites' heads, merged."""
     place = fused.with_name(f"{fused.name}-heads-{kind(heads)}")
     return _merged_heads(seed, f"{fused.parent.name}/{place.name}", heads, fused, place)
+
+
+def begin(seed: Seed) -> None:
+    """Make what a seed's networks start from, if it is not the base itself and is not kept yet."""
+    if chosen := seed.place.study.start:
+        _merged_heads(seed, seed.base.name, Heads(steps=chosen.steps), seed.place.base, seed.base)
 
 
 def heads_alone(seed: Seed, heads: Heads) -> Path:

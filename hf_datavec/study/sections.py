@@ -71,6 +71,16 @@ class Training(Section):
     probe_steps: Annotated[int, Field(ge=0)] = 0
 
 
+class Start(Section):
+    """A round of heads before everything else, so that networks follow a head that knows all sites' labels, not zeros.
+
+    Every site fits a head to the base by so many steps; the mean of the heads is what all networks of a seed, pooled
+    ones as well, start from.
+    """
+
+    steps: Count = 60
+
+
 class Combining(Section):
     """One way to merge, as in a recipe's `merge:`."""
 
@@ -141,6 +151,7 @@ class Study(Section):
     test: Held = Held(share=0.2)
     public: Public = Public(share=0.1)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0, 1, 2)
+    start: Start | None = None
     training: Training = Training()
     merges: Annotated[tuple[Combining, ...], Field(min_length=1, strict=False)] = (Combining(),)
     restore: Annotated[tuple[Mode, ...], Field(min_length=1, strict=False)] = ("none", "statistics")
