@@ -110,8 +110,8 @@ def package_folder(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def make(study: Study, out: Path, seeds: Iterable[int], *, pooled: bool) -> None:
-    """Everything of a study below `out`; what is there is not made again."""
+def make(study: Study, out: Path, seeds: Iterable[int], names: Iterable[str]) -> None:
+    """Everything of a study below `out`, networks by the names of their images; what is there is not made again."""
     from hf_datavec.pipeline import site
     from hf_datavec.samples import write_network
 
@@ -122,10 +122,8 @@ def make(study: Study, out: Path, seeds: Iterable[int], *, pooled: bool) -> None
     for seed in seeds:
         folder = out / study.name / f"seed-{seed}"
         once(folder / "images", lambda images, seed=seed: study.write_images(images, seed))
-        for name in SITES:
+        for name in names:
             train(study, base, folder, name, seed)
-        if pooled:
-            train(study, base, folder, "all-sites", seed)
 
 
 def once(folder: Path, write: Callable[[Path], None]) -> None:
@@ -169,6 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--augment", choices=AUGMENTS, default="none", help="how training shows pictures")
     parser.add_argument("--no-pooled", action="store_true", help="leave the network on all images for later")
+    parser.add_argument("--no-networks", action="store_true", help="divide the images only")
     chosen = parser.parse_args()
     import torch
 
@@ -180,7 +179,8 @@ def main() -> None:
         parser.error("pad needs DATA, the folder of PAD-UFES-20")
     study = pad(chosen.data) if chosen.study == "pad" else digits()
     study = replace(study, augment=chosen.augment)
-    make(study, chosen.out.absolute(), chosen.seeds, pooled=not chosen.no_pooled)
+    names = () if chosen.no_networks else SITES if chosen.no_pooled else (*SITES, "all-sites")
+    make(study, chosen.out.absolute(), chosen.seeds, names)
 
 
 if __name__ == "__main__":
