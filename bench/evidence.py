@@ -8,7 +8,7 @@ studies, their results and their pages stay in DIR, and what is finished is not 
 two rounds of merging, and with `--federated` FedAvg over four, at the same epochs in all. With `--least-squares` heads
 of the last round are fitted in closed form.
 
-    python bench/networks.py pad DATA --out NETWORKS --no-networks
+    python bench/networks.py pad DATA --out NETWORKS --networks none
     python bench/evidence.py DATA NETWORKS --out DIR --heads-first [--again] [--on public]
 
 The second form trains as the first does not: a round of heads comes first, and pictures are shown in other positions.

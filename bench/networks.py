@@ -23,6 +23,7 @@ from pathlib import Path
 from hf_datavec.examples import AUGMENTS, Augment
 
 SITES = tuple(f"site-{letter}" for letter in "abcd")
+NETWORKS = {"all": (*SITES, "all-sites"), "sites": SITES, "pooled": ("all-sites",), "none": ()}
 PARTS = {"test": 0.19, "public": 0.11}  # shares of the patients; the sites divide the rest
 PHOTOGRAPHS = {
     "skimage": ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg",
@@ -166,8 +167,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--augment", choices=AUGMENTS, default="none", help="how training shows pictures")
-    parser.add_argument("--no-pooled", action="store_true", help="leave the network on all images for later")
-    parser.add_argument("--no-networks", action="store_true", help="divide the images only")
+    parser.add_argument(
+        "--networks", choices=tuple(NETWORKS), default="all", help="which to train; none: divide images only"
+    )
     chosen = parser.parse_args()
     import torch
 
@@ -179,8 +181,7 @@ def main() -> None:
         parser.error("pad needs DATA, the folder of PAD-UFES-20")
     study = pad(chosen.data) if chosen.study == "pad" else digits()
     study = replace(study, augment=chosen.augment)
-    names = () if chosen.no_networks else SITES if chosen.no_pooled else (*SITES, "all-sites")
-    make(study, chosen.out.absolute(), chosen.seeds, names)
+    make(study, chosen.out.absolute(), chosen.seeds, NETWORKS[chosen.networks])
 
 
 if __name__ == "__main__":
