@@ -17,10 +17,13 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hf_datavec.examples import AUGMENTS, Augment
+
 SITES = tuple(f"site-{letter}" for letter in "abcd")
+NETWORKS = {"all": (*SITES, "all-sites"), "sites": SITES, "pooled": ("all-sites",), "none": ()}
 PARTS = {"test": 0.19, "public": 0.11}  # shares of the patients; the sites divide the rest
 PHOTOGRAPHS = {
     "skimage": ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg",
@@ -42,6 +45,7 @@ class Study:
     epochs: float
     learning_rate: float
     warmup: float
+    augment: Augment = "none"
 
 
 def pad(data: Path) -> Study:
@@ -107,8 +111,8 @@ def package_folder(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def make(study: Study, out: Path, seeds: Iterable[int], *, pooled: bool) -> None:
-    """Everything of a study below `out`; what is there is not made again."""
+def make(study: Study, out: Path, seeds: Iterable[int], names: Iterable[str]) -> None:
+    """Everything of a study below `out`, networks by the names of their images; what is there is not made again."""
     from hf_datavec.pipeline import site
     from hf_datavec.samples import write_network
 
@@ -119,10 +123,8 @@ def make(study: Study, out: Path, seeds: Iterable[int], *, pooled: bool) -> None
     for seed in seeds:
         folder = out / study.name / f"seed-{seed}"
         once(folder / "images", lambda images, seed=seed: study.write_images(images, seed))
-        for name in SITES:
+        for name in names:
             train(study, base, folder, name, seed)
-        if pooled:
-            train(study, base, folder, "all-sites", seed)
 
 
 def once(folder: Path, write: Callable[[Path], None]) -> None:
@@ -143,7 +145,12 @@ def train(study: Study, base: Path, folder: Path, name: str, seed: int) -> None:
     begun = time.monotonic()
     if not tuned.exists():
         settings = Settings(
-            epochs=study.epochs, learning_rate=study.learning_rate, warmup=study.warmup, seed=seed, weight_decay=0.01
+            epochs=study.epochs,
+            learning_rate=study.learning_rate,
+            warmup=study.warmup,
+            seed=seed,
+            weight_decay=0.01,
+            augment=study.augment,
         )
         site.finetune(str(base), str(folder / "images" / name), tuned, settings=settings, device="cpu")
     if not vector.exists():
@@ -159,7 +166,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-pooled", action="store_true", help="leave the network on all images for later")
+    parser.add_argument("--augment", choices=AUGMENTS, default="none", help="how training shows pictures")
+    parser.add_argument(
+        "--networks", choices=tuple(NETWORKS), default="all", help="which to train; none: divide images only"
+    )
     chosen = parser.parse_args()
     import torch
 
@@ -170,7 +180,8 @@ def main() -> None:
     if chosen.study == "pad" and chosen.data is None:
         parser.error("pad needs DATA, the folder of PAD-UFES-20")
     study = pad(chosen.data) if chosen.study == "pad" else digits()
-    make(study, chosen.out.absolute(), chosen.seeds, pooled=not chosen.no_pooled)
+    study = replace(study, augment=chosen.augment)
+    make(study, chosen.out.absolute(), chosen.seeds, NETWORKS[chosen.networks])
 
 
 if __name__ == "__main__":

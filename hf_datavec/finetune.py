@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_datavec import probe
+from hf_datavec import examples, probe
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
 from hf_datavec.models import Network, normalization_layers
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     Loss = Callable[..., torch.Tensor]
 
 TRAINING_FILE = "training.json"
-# Preprocessed pictures are kept when they fit; decoding them again each epoch can cost as much as training.
-KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,7 @@ class Settings:
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     class_balanced: bool = False
+    augment: examples.Augment = "none"  # how pictures are shown, drawn for each epoch anew
     freeze: tuple[str, ...] = ()
     seed: int = 0
     probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
@@ -61,21 +60,23 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     quiet_transformers()
     rows = images.label_rows(network.labels)
     counts = Counter(network.labels[row] for row in rows)
-    examples = {label: counts[label] for label in network.labels}
+    found = {label: counts[label] for label in network.labels}
     resume = _resume_from(folder, base, images, settings)
     loss = cross_entropy(rows, len(network.labels), balanced=settings.class_balanced)
     if resume is None:
         _probe(network, base, images, settings, loss)
     _freeze(network, base, settings.freeze)
+    shown = examples.dataset(network, images, rows, settings.augment, settings.seed)
     trainer = Trainer(
         model=network.module,
         args=_arguments(settings, folder / "checkpoints", network, len(rows)),
-        train_dataset=_examples(network, images, rows),
-        data_collator=_collate,
+        train_dataset=shown,
+        data_collator=examples.collate,
         # Given even when plain, since a network with a teacher's head computes no loss of its own.
         compute_loss_func=loss,
     )
     _without_console(trainer)
+    trainer.add_callback(_epochs_told(shown))
     try:
         if settings.epochs > 0:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -86,9 +87,9 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     _refuse_diverged(network, folder)
     network.module.save_pretrained(folder)
     _check_names(folder, base)
-    _record(folder, settings, examples)
+    _record(folder, settings, found)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return examples
+    return found
 
 
 def _probe(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, loss: Loss) -> None:
@@ -146,40 +147,6 @@ def _arguments(settings: Settings, folder: Path, network: Network, images: int) 
         use_cpu=device == "cpu",
         disable_tqdm=not wanted(),
     )
-
-
-def _examples(network: Network, images: ImageSet, rows: list[int]) -> Any:
-    from torch.utils.data import Dataset
-
-    class Examples(Dataset[dict[str, Any]]):
-        def __init__(self) -> None:
-            self.kept: dict[int, torch.Tensor] = {}
-            self.kept_bytes = 0
-
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            pixels = self.kept.get(index)
-            if pixels is None:
-                pixels = network.preprocess(images.image(index))
-                if self.kept_bytes + pixels.nbytes <= KEPT_BYTES:
-                    self.kept[index] = pixels
-                    self.kept_bytes += pixels.nbytes
-            return {"pixel_values": pixels, "labels": rows[index]}
-
-    return Examples()
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    import torch
-
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]).to(
-            memory_format=torch.channels_last
-        ),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }
 
 
 def cross_entropy(rows: list[int], labels: int, *, balanced: bool) -> Loss:
@@ -242,6 +209,17 @@ def _without_console(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
+def _epochs_told(shown: Any) -> Any:
+    """What tells the examples which epoch begins, after an interruption as well."""
+    from transformers import TrainerCallback
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: ARG002 - its interface
+            shown.epoch = round(state.epoch)
+
+    return Told()
+
+
 def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Settings) -> Path | None:
     """The last checkpoint of an unfinished run of the same work, after writing down what this run does."""
     # In JSON's own types, so that what is read back compares equal.
@@ -280,8 +258,8 @@ def _check_names(folder: Path, base: Checkpoint) -> None:
         )
 
 
-def _record(folder: Path, settings: Settings, examples: dict[str, int]) -> None:
-    record = {"settings": asdict(settings), "examples": examples}
+def _record(folder: Path, settings: Settings, found: dict[str, int]) -> None:
+    record = {"settings": asdict(settings), "examples": found}
     (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (folder / "unfinished.json").unlink(missing_ok=True)
 

@@ -119,13 +119,14 @@ def test_every_value_is_what_a_merge_of_its_own_measures(restore, searching, run
 
 def test_each_vector_is_read_once_whatever_the_number_of_values(searching, run, monkeypatch):
     reads: Counter[tuple[str, str]] = Counter()
-    original = vector.TaskVector.read
+    for way in ("read", "arrays"):
+        original = getattr(vector.TaskVector, way)
 
-    def counted(self: vector.TaskVector, name: str) -> torch.Tensor:
-        reads[self.folder.name, name] += 1
-        return original(self, name)
+        def counted(self: vector.TaskVector, name: str, original=original) -> object:
+            reads[self.folder.name, name] += 1
+            return original(self, name)
 
-    monkeypatch.setattr(vector.TaskVector, "read", counted)
+        monkeypatch.setattr(vector.TaskVector, way, counted)
     assert run("merge", scale_recipe(searching)).code == 0
     assert set(reads.values()) == {1}
     assert {site for site, _ in reads} == {"site-a", "site-b"}

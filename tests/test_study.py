@@ -22,6 +22,7 @@ from networks import make_images, make_network
 from ruamel.yaml import YAML
 
 from hf_datavec import models, study
+from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.errors import InputError, InputErrors
 from hf_datavec.located import parse
 from hf_datavec.study import comparison, partition, pictures
@@ -81,6 +82,10 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("relay: {merge: {methd: sum}}", "relay.merge: unknown key 'methd'"),
         ("seeds: [1, 1]", "seeds: the seed 1 is given twice"),
         ("heads: {fit: least_squares, steps: 5}", "heads.steps: heads by least squares take no steps"),
+        ("budgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
+        ("relay: {rounds: 2}\nbudgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
+        ("start: {}\ntraining: {probe_steps: 5}", "training.probe_steps: would throw away the heads of 'start:'"),
+        ("relay: {heads: true}", "relay.heads: needs 'heads:'"),
         ("heads: {steps: 5, target: 5}", "heads.target: heads by steps aim at no output"),
     ],
 )
@@ -386,7 +391,7 @@ def test_a_round_of_heads_moves_the_head_alone_to_the_mean_of_the_sites_heads(cl
         assert torch.allclose(second[name].double(), first[name].double() + mean, atol=1e-6)
     # After two rounds of merging likewise.
     relayed = folder / "rounds" / "sum_x_0.5-statistics-2"
-    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "heads-20"))
+    merged, headed = (load_file(relayed / place / "model.safetensors") for place in ("round-2", "round-2-heads-20"))
     assert {name for name in merged if not torch.equal(merged[name], headed[name])} == moved
 
 
@@ -404,6 +409,71 @@ def test_a_round_of_heads_by_least_squares_gives_the_head_of_all_sites_images(cl
     assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
     rows = {row["name"] for row in json.loads((clinic / "results" / "results.json").read_text())["rows"]}
     assert {"sum x 0.5, then heads by least squares, statistics", "heads alone by least squares"} <= rows
+
+
+def test_rounds_of_full_epochs_begin_with_what_the_sites_have_trained_anyway(clinic, run):
+    write_study(
+        clinic,
+        seeds=[0],
+        federated=None,
+        relay={"rounds": 2, "epochs": 2, "heads": True},
+        heads={"steps": 20, "rounds": 2},
+        budgets=["epochs", "rounds"],
+        restore=["statistics"],
+    )
+    outcome = run("study", "study.yaml", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    names = {row["name"] for row in json.loads((clinic / "results" / "results.json").read_text())["rows"]}
+    assert {
+        "sum x 0.5, 2 rounds of 2 epochs with heads between, statistics",
+        "sum x 0.5, 2 rounds of 2 epochs with heads between, then heads, statistics",
+        "sum x 0.5, then heads, statistics", "all data pooled, equal epochs", "all data pooled, 4 epochs",
+    } <= names  # fmt: skip
+    vectors = clinic / "results" / "seed-0" / "vectors"
+    trained = {
+        str(path.parent.relative_to(vectors)): json.loads(path.read_text())["training"]["epochs"]
+        for path in vectors.rglob("datavec.json")
+    }
+    rounds = {name: epochs for name, epochs in trained.items() if "round-" in name and epochs}
+    again = "sum_x_0.5-statistics-each-2-heads-20/round-2"
+    assert rounds == {f"{again}/site-1": 2, f"{again}/site-2": 2}
+    assert (trained["site-1"], trained["pooled-epochs"], trained["pooled-rounds/4"]) == (2, 2, 4)
+    # The second round begins with the first one's fused model and the heads that the sites fitted to it.
+    between = clinic / "results" / "seed-0" / "rounds" / again.replace("round-2", "round-1-heads-20")
+    base = json.loads((vectors / again / "site-1" / "datavec.json").read_text())["base"]["digest"]
+    assert base == open_checkpoint(between).tensors.digest
+
+
+def test_heads_first_are_what_all_networks_of_a_seed_start_from(clinic, run):
+    from safetensors.torch import load_file
+
+    write_study(
+        clinic, seeds=[0], federated=None, relay=None, restore=["none"], start={"steps": 20}, budgets=["epochs"],
+        heads={"steps": 20},
+    )  # fmt: skip
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    results = clinic / "results"
+    folder = results / "seed-0"
+    base, start = (load_file(place / "model.safetensors") for place in (results / "base", folder / "start"))
+    moved = {name for name in base if not torch.equal(base[name], start[name])}
+    assert {name.rpartition("fc.")[2] for name in moved} == {"weight", "bias"}
+    heads = [load_file(folder / "vectors" / "start" / site / "vector.safetensors") for site in ("site-1", "site-2")]
+    for name in moved:
+        mean = (heads[0][name].double() + heads[1][name].double()) / 2
+        assert torch.allclose(start[name].double(), base[name].double() + mean, atol=1e-6)
+    digest = open_checkpoint(folder / "start").tensors.digest
+    for name in ("site-1", "site-2", "pooled-epochs"):
+        assert json.loads((folder / "vectors" / name / "datavec.json").read_text())["base"]["digest"] == digest
+    # The recipe of a merge gives what the study has measured.
+    assert run("merge", folder / "recipes" / "sum_x_0.5.yaml", "-o", "fused").code == 0
+    kept = next(path for path in folder.glob("predictions/*.npy") if path.name.startswith("sum_x_0.5__none"))
+    places = json.loads((folder / "parts.json").read_text())["test"]["images"]
+    table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
+    network = models.load(clinic / "fused")
+    with torch.no_grad():
+        pixels = table.images.tensors(network.preprocess, places)
+        expected = torch.softmax(network.logits(pixels).double(), 1).numpy()
+    assert np.allclose(np.load(kept), expected, atol=1e-6)
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

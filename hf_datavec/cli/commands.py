@@ -54,6 +54,7 @@ def finetune(options: Namespace) -> None:
         warmup=options.warmup,
         schedule=options.schedule,
         class_balanced=options.class_balanced,
+        augment=options.augment,
         freeze=tuple(options.freeze),
         seed=options.seed,
         probe_steps=options.probe_steps,

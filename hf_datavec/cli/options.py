@@ -96,6 +96,13 @@ def _finetune(actions: Commands) -> None:
         default="cosine",
         help="of the rate (default: %(default)s)",
     )
+    train.add_argument(
+        "--augment",
+        choices=("none", "turns", "crops"),
+        default="none",
+        help="show each picture, in each epoch anew, in one of the eight positions of flips and quarter turns, or an "
+        "enlarged part of it in such a position; for things without an upright position (default: %(default)s)",
+    )
     train.add_argument("--class-balanced", action="store_true", help="weigh classes alike in the loss")
     train.add_argument(
         "--probe-steps",

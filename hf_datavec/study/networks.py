@@ -26,6 +26,9 @@ from hf_datavec.writing import in_file_order, write_file
 
 log = logging.getLogger(__name__)
 
+# The folder of a seed's own base, where heads come first.
+START = "start"
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -66,6 +69,11 @@ class Seed:
         return self.place.folder / f"seed-{self.number}"
 
     @property
+    def base(self) -> Path:
+        """What its networks start from."""
+        return self.folder / START if self.place.study.start else self.place.base
+
+    @property
     def sites(self) -> tuple[str, ...]:
         return self.division.sites
 
@@ -104,7 +112,7 @@ class Seed:
     ) -> Path:
         """The vector of a network trained on some images; trained now, or gone on with, if it is not kept yet."""
         kept, tuned = self.folder / "vectors" / name, self.folder / "tuned" / name
-        base = base or self.place.base
+        base = base or self.base
         if kept.exists():
             return kept
         device: Any = self.place.device.split(":")[0]
@@ -135,7 +143,7 @@ class Seed:
         if weights:
             entries = [{"vector": text, "weight": float(one)} for text, one in zip(entries, weights, strict=True)]
         recipe = {
-            "base": _relative(base or self.place.base, self.folder),
+            "base": _relative(base or self.base, self.folder),
             "vectors": entries,
             "merge": {
                 "method": merge.method,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TEST, PUBLIC, POOLED = "test", "public", "pooled"
 # Names of parts and of networks that are no site's.
-RESERVED = (TEST, PUBLIC, POOLED, f"{POOLED}-epochs", f"{POOLED}-steps")
+RESERVED = (TEST, PUBLIC, POOLED, "start", *(f"{POOLED}-{budget}" for budget in ("epochs", "steps", "rounds")))
 # A site needs a few images to train on; a skew that leaves one with fewer is drawn again, at most so often.
 FEWEST, DRAWS = 8, 100
 

@@ -98,6 +98,16 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
         told = {"steps": "heads by least squares take no steps", "target": "heads by steps aim at no output"}[wrong]
         if wrong in study.heads.model_fields_set:
             yield document.problem(("heads", wrong), told, hint="leave it out")
+    if "rounds" in study.budgets and not (study.relay and study.relay.epochs):
+        problem = "'rounds' are the epochs of all rounds of 'relay:', which does not say how many each has"
+        yield document.problem(("budgets",), problem, hint="add relay: {epochs: ...}, or leave 'rounds' out")
+    if study.start and study.training.probe_steps:
+        yield document.problem(
+            ("training", "probe_steps"), "would throw away the heads of 'start:'", hint="leave it out"
+        )
+    if study.relay and study.relay.heads and not study.heads:
+        hint = "add heads: {...}, which says how heads are fitted"
+        yield document.problem(("relay", "heads"), "needs 'heads:'", hint=hint)
     for key, later in (("relay", study.relay), ("heads", study.heads)):
         if later:
             yield from _merge_problems(document, study, (key, "merge"), later.merge)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.metrics import METRICS, Estimate
+from hf_datavec.study import rounds
 from hf_datavec.study.comparison import Paired, best_of, mean_of, over_seeds, paired, point
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.rows import Measuring, Row
@@ -139,6 +140,7 @@ def cell(found: Estimate) -> str:
 def measure(seeds: Sequence[Seed]) -> Results:
     """Train what is not kept, merge, measure."""
     for seed in seeds:  # all sites of all seeds first: they are what everything else is made of
+        rounds.begin(seed)
         seed.site_vectors()
     found = [_measured(seed) for seed in seeds]
     lines = tuple(_lines(found, seeds))

@@ -6,7 +6,8 @@ sites in every round) is the mean by image counts with the mixture of the sites'
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from hf_datavec import recalibrate
@@ -15,40 +16,75 @@ from hf_datavec.models import Network
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import slug
 from hf_datavec.study.restoring import Restorer
-from hf_datavec.study.sections import Combining, Heads
+from hf_datavec.study.sections import Combining, Heads, Study
 
 FEDAVG, FEDAVG_MODE = Combining(method="linear", options={"normalize": True}, weights="examples"), "moments"
 
 
-def relay(seed: Seed, rounds: int, merge: Combining, mode: str) -> list[Path]:
-    """The fused models of each round, made now if they are not kept yet; every round has the same share of epochs."""
-    name = f"{slug(merge.name)}-{mode}-{rounds}"
-    base, found = seed.place.base, []
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many epochs a round has, and what comes between rounds."""
+
+    epochs: float | None = None  # without it, the study's epochs are shared out over the rounds
+    heads: Heads | None = None  # a round of heads after every round, whose result the next begins with
+
+
+def pace(study: Study) -> Pace:
+    """That of the study's relays."""
+    chosen = study.relay
+    return Pace(chosen.epochs, study.heads if chosen.heads else None) if chosen else Pace()
+
+
+def relay(seed: Seed, rounds: int, merge: Combining, mode: str, how: Pace) -> list[Path]:
+    """The fused models of each round, made now if they are not kept yet."""
+    name = "-".join((slug(merge.name), mode, *_told(rounds, how)))
+    share = 1 / rounds if how.epochs is None else how.epochs / seed.place.study.training.epochs
+    base, found = seed.base, []
     for number in range(1, rounds + 1):
         fused = seed.folder / "rounds" / name / f"round-{number}"
         if not fused.exists():
             # A probe would throw away what the head has learned in the rounds before.
-            settings = seed.settings(share=1 / rounds, probe=number == 1)
-            vectors = [seed.vector(f"{name}/round-{number}/{site}", site, settings, base=base) for site in seed.sites]
-            network = fuse_and_restore(seed, vectors, merge, mode, base)
-            seed.write(network, open_checkpoint(base), fused)
-        base = fused
+            settings = seed.settings(share=share, probe=number == 1)
+            some = [
+                partial(seed.vector, f"{name}/round-{number}/{site}", site, settings, base=base) for site in seed.sites
+            ]
+            # The sites have trained a first round of all epochs anyway.
+            vectors = seed.site_vectors() if number == 1 and share == 1 else [vector() for vector in some]
+            seed.write(fuse_and_restore(seed, vectors, merge, mode, base), open_checkpoint(base), fused)
         found.append(fused)
+        base = _headed(seed, fused, how.heads) if how.heads and number < rounds else fused
     return found
+
+
+def _told(rounds: int, how: Pace) -> tuple[str, ...]:
+    if how.epochs is None:
+        return (str(rounds), *(("heads", kind(how.heads)) if how.heads else ()))
+    return ("each", f"{how.epochs:g}", *(("heads", kind(how.heads)) if how.heads else ()))
 
 
 def with_heads(seed: Seed, heads: Heads, rounds: int = 1) -> Path:
     """The fused model after a last round in which every site fitted the head alone, and heads were merged."""
     merge, mode = heads.merge, heads.restore
-    name = f"{slug(merge.name)}-{mode}-heads-{kind(heads)}"
     if rounds > 1:
-        fused = relay(seed, rounds, merge, mode)[-1]
-        return _merged_heads(seed, f"{name}-{rounds}", heads, fused, fused.with_name(f"heads-{kind(heads)}"))
+        return _headed(seed, relay(seed, rounds, merge, mode, pace(seed.place.study))[-1], heads)
+    name = f"{slug(merge.name)}-{mode}-heads-{kind(heads)}"
     first, second = (seed.folder / "rounds" / name / f"round-{number}" for number in (1, 2))
     if not first.exists():
-        network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.place.base)
-        seed.write(network, open_checkpoint(seed.place.base), first)
+        network = fuse_and_restore(seed, seed.site_vectors(), merge, mode, seed.base)
+        seed.write(network, open_checkpoint(seed.base), first)
     return _merged_heads(seed, f"{name}/round-2", heads, first, second)
+
+
+def _headed(seed: Seed, fused: Path, heads: Heads) -> Path:
+    """The fused model of a round of a relay with the sites' heads, merged."""
+    place = fused.with_name(f"{fused.name}-heads-{kind(heads)}")
+    return _merged_heads(seed, f"{fused.parent.name}/{place.name}", heads, fused, place)
+
+
+def begin(seed: Seed) -> None:
+    """Make what a seed's networks start from, if it is not the base itself and is not kept yet."""
+    if chosen := seed.place.study.start:
+        _merged_heads(seed, seed.base.name, Heads(steps=chosen.steps), seed.place.base, seed.base)
 
 
 def heads_alone(seed: Seed, heads: Heads) -> Path:

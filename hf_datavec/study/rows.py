@@ -15,8 +15,8 @@ from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import POOLED
 from hf_datavec.study.restoring import Restorer
-from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, heads_alone, kind, relay, with_heads
-from hf_datavec.study.sections import Combining, Heads
+from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, Pace, heads_alone, kind, pace, relay, with_heads
+from hf_datavec.study.sections import Combining, Heads, Study
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,14 +128,17 @@ class Measuring:
 
     def _pooled(self) -> Iterator[tuple[Row, Floats]]:
         seed = self.seed
-        # As many steps as the sites take on average.
-        shares = {"epochs": 1.0, "steps": 1 / len(seed.sites)}
-        for budget in seed.place.study.budgets:
-            name, share = f"{POOLED}-{budget}", shares[budget]
-            yield self.get(
-                Row(f"all data pooled, equal {budget}", "pooled"),
-                partial(self._trained, name, share),
-            )
+        study = seed.place.study
+        # As many steps as the sites take on average; as many epochs as all rounds have together.
+        shares = {"epochs": 1.0, "steps": 1 / len(seed.sites), "rounds": 1.0}
+        texts = {budget: f"equal {budget}" for budget in shares}
+        if study.relay and study.relay.epochs:
+            epochs = study.relay.epochs * study.relay.rounds
+            shares["rounds"], texts["rounds"] = epochs / study.training.epochs, f"{epochs:g} epochs"
+        for budget in study.budgets:
+            name = f"{POOLED}-{budget}" + (f"/{texts[budget].split()[0]}" if budget == "rounds" else "")
+            row = Row(f"all data pooled, {texts[budget]}", "pooled")
+            yield self.get(row, partial(self._trained, name, shares[budget]))
 
     def _merges(self) -> Iterator[tuple[Row, Floats]]:
         study = self.seed.place.study
@@ -153,20 +156,20 @@ class Measuring:
         if study.federated:
             count = study.federated.rounds
             row = Row(f"FedAvg, {count} rounds", "federated", FEDAVG_MODE)
-            yield self.get(row, partial(self._relayed, count, FEDAVG, FEDAVG_MODE))
+            yield self.get(row, partial(self._relayed, count, FEDAVG, FEDAVG_MODE, Pace()))
         if study.relay:
             chosen = study.relay
             for count in range(2, chosen.rounds + 1):
-                row = Row(f"{chosen.merge.name}, {count} rounds", "relay", chosen.restore)
-                yield self.get(row, partial(self._relayed, count, chosen.merge, chosen.restore))
+                row = Row(f"{chosen.merge.name}{_before(count, study)}", "relay", chosen.restore)
+                key = kind(study.heads) if study.heads and chosen.heads else ""
+                yield self.get(row, partial(self._relayed, count, chosen.merge, chosen.restore, pace(study)), key=key)
         if study.heads:
             again = study.heads
             closed = again.fit == "least_squares"
             how = " by least squares" if closed else ""
             key = kind(again).replace("least-squares", "least squares") if closed else f"{again.steps} steps"
             for count in range(1, again.rounds + 1):
-                before = f", {count} rounds" if count > 1 else ""
-                row = Row(f"{again.merge.name}{before}, then heads{how}", "relay", again.restore)
+                row = Row(f"{again.merge.name}{_before(count, study)}, then heads{how}", "relay", again.restore)
                 yield self.get(row, partial(self._with_heads, again, count), key=key)
             row = Row(f"heads alone{how or ', averaged'}", "control")
             yield self.get(row, partial(self._heads_alone, again), key=key)
@@ -177,8 +180,17 @@ class Measuring:
     def _heads_alone(self, heads: Heads) -> Floats:
         return self._loaded(heads_alone(self.seed, heads))
 
-    def _relayed(self, rounds: int, merge: Combining, mode: str) -> Floats:
-        return self._loaded(relay(self.seed, rounds, merge, mode)[-1])
+    def _relayed(self, rounds: int, merge: Combining, mode: str, how: Pace) -> Floats:
+        return self._loaded(relay(self.seed, rounds, merge, mode, how)[-1])
 
     def _loaded(self, folder: Path) -> Floats:
         return self.predicted(models.load(folder, device=self.seed.place.device))
+
+
+def _before(rounds: int, study: Study) -> str:
+    """The rounds of merging that a row has seen, where there are more than one."""
+    if rounds == 1:
+        return ""
+    how = pace(study)
+    each = f" of {how.epochs:g} epochs" if how.epochs else ""
+    return f", {rounds} rounds{each}" + (" with heads between" if how.heads else "")

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 # What the kept vectors depend on; all else may change from run to run.
-FIXED = ("data", "base", "image_size", "sites", "test", "public", "training")
+FIXED = ("data", "base", "image_size", "sites", "test", "public", "start", "training")
 
 
 @dataclass(frozen=True, slots=True)

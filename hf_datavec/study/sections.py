@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hf_datavec.examples import Augment
 from hf_datavec.probe import TARGET
 from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text
 
@@ -65,8 +66,19 @@ class Training(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     class_balanced: bool = False
+    augment: Augment = "none"
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     probe_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class Start(Section):
+    """A round of heads before everything else, so that networks follow a head that knows all sites' labels, not zeros.
+
+    Every site fits a head to the base by so many steps; the mean of the heads is what all networks of a seed, pooled
+    ones as well, start from.
+    """
+
+    steps: Count = 60
 
 
 class Combining(Section):
@@ -95,9 +107,15 @@ class Federated(Section):
 
 
 class Relay(Section):
-    """Rounds of merging: the fused model of one is the base of the next; epochs are shared out over the rounds."""
+    """Rounds of merging: the fused model of one is the base of the next."""
 
     rounds: Annotated[int, Field(ge=2)] = 2
+
+    # Of every round, those before `heads:` as well; without it, the study's epochs are shared out over the rounds.
+    epochs: Positive | None = None
+
+    # Whether each round but the first begins with heads that the sites fitted to the fused model, as `heads:` says.
+    heads: bool = False
     merge: Combining = Combining(scale=0.5)
     restore: Mode = "statistics"
 
@@ -111,7 +129,7 @@ class Heads(Section):
 
     fit: Literal["steps", "least_squares"] = "steps"
 
-    # Up to how many rounds of merging come before it, which share the epochs out; each number has a row.
+    # Up to how many rounds of merging come before it, of as many epochs as those of `relay:`; each number has a row.
     rounds: Annotated[int, Field(ge=1)] = 1
 
     # A head that is fitted to the end fits its site; the mean of heads was better after some tens (docs/evidence.md).
@@ -133,13 +151,15 @@ class Study(Section):
     test: Held = Held(share=0.2)
     public: Public = Public(share=0.1)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0, 1, 2)
+    start: Start | None = None
     training: Training = Training()
     merges: Annotated[tuple[Combining, ...], Field(min_length=1, strict=False)] = (Combining(),)
     restore: Annotated[tuple[Mode, ...], Field(min_length=1, strict=False)] = ("none", "statistics")
     # The scales of the curves of the sum.
     curve: Annotated[tuple[Finite, ...], Field(strict=False)] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    # Pooled at equal epochs takes n times the steps of a site; at equal steps it does not.
-    budgets: Annotated[tuple[Literal["epochs", "steps"], ...], Field(strict=False)] = ("epochs", "steps")
+    # Pooled at equal epochs takes n times the steps of a site; at equal steps it does not. `rounds` are the epochs of
+    # all rounds of `relay:` together.
+    budgets: Annotated[tuple[Literal["epochs", "steps", "rounds"], ...], Field(strict=False)] = ("epochs", "steps")
     federated: Federated | None = Federated()
     relay: Relay | None = None
     heads: Heads | None = None
