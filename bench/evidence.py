@@ -53,8 +53,8 @@ ONE = {
 TWO = {"relay": f"{{rounds: 2, merge: {SUM}, restore: statistics}}", "heads": "2"}
 HEADS_FIRST = {
     "training": "start: {steps: 60}\ntraining: {epochs: 12, learning_rate: 0.0003, warmup: 0.3, augment: turns}",
-    "merges": f"{SUM}, {{method: auto}}",
-}
+    "merges": f"{SUM}, {{method: sum, scale: 1.0}}, {{method: auto}}", "budgets": "epochs, steps",
+}  # fmt: skip
 AGAIN = {
     "relay": f"{{rounds: 2, epochs: 12, heads: true, merge: {SUM}, restore: statistics}}", "heads": "2",
     "budgets": "epochs, rounds",
