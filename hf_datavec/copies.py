@@ -46,9 +46,11 @@ def stacked(rows: Sequence[torch.Tensor], device: Device, room: torch.Tensor | N
         # torch keeps page-locked memory until all copies from it are done, and uses it again.
         locked = torch.empty(len(rows), len(rows[0]), dtype=rows[0].dtype, pin_memory=True)
         return torch.stack(list(rows), out=locked).to(device, non_blocking=True)
+    if len(rows) == 1:
+        return rows[0][None].to(device)
     if room is None or room.shape != (len(rows), len(rows[0])):
         room = rows[0].new_empty(len(rows), len(rows[0]))
-    return (torch.stack(list(rows), out=room) if len(rows) > 1 else rows[0][None]).to(device)
+    return torch.stack(list(rows), out=room).to(device)
 
 
 def returned(values: torch.Tensor) -> torch.Tensor:

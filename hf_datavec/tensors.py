@@ -38,7 +38,7 @@ OTHER_TORCH_NAMES = {name: kind for name, kind in NUMPY_NAMES.items() if name no
 OTHER_TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"}
 # Of mmap(2): no memory is set aside for copies. Else Linux refuses to map a file larger than all memory, though nobody
 # will write to it.
-MAP_NORESERVE = 0x4000
+MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_FILE = "model.safetensors"
@@ -207,7 +207,10 @@ def _mapped(file: Path) -> mmap.mmap:
         if not sys.platform.startswith("linux"):
             return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(handle.fileno(), 0, flags=flags, prot=protection)
+        try:
+            return mmap.mmap(handle.fileno(), 0, flags=flags, prot=protection)
+        except OSError:  # where memory is set aside all the same (vm.overcommit_memory=2); nobody here writes to it
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def open_file(path: Path) -> StoredTensors:

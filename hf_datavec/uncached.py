@@ -14,7 +14,7 @@ from typing import Protocol
 # What is gathered before it is written: enough for a disk to run at full speed, and little beside all else in memory.
 GATHERED = 2**22
 # Places and lengths that go past the cache are multiples of this; what is left over at both ends goes the usual way.
-ALIGNMENT = 2**12
+ALIGNMENT = max(2**12, mmap.PAGESIZE)
 # What a file system says that knows no such writing, or not at these places.
 UNKNOWN = (errno.EINVAL, errno.ENOTSUP)
 
@@ -32,18 +32,35 @@ def appending(path: Path, start: int, *, cached: bool) -> Iterator[Writing]:
     Raises: OSError as every writing does, at the latest at the end of the block.
     """
     direct = None if cached else _opened_past_cache(path)
-    with open(path, "r+b", buffering=-1 if direct is None else 0) as handle:
-        if direct is None:
+    if direct is None:
+        with open(path, "r+b") as handle:
             handle.seek(start)
             yield handle
-            return
-        try:
-            with ThreadPoolExecutor(1, "disk") as disk:
-                gathering = _Gathering(disk, direct, handle.fileno(), start)
-                yield gathering
-                gathering.finish()
-        finally:
-            os.close(direct)
+        return
+    try:
+        with open(path, "r+b", buffering=0) as usual, ThreadPoolExecutor(1, "disk") as disk:
+            gathering = _Gathering(disk, direct, usual.fileno(), start)
+            yield gathering
+            gathering.finish()
+    finally:
+        os.close(direct)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Let the disk set room aside for a file that is written past the cache, which makes that faster.
+
+    Raises: OSError when there is no room.
+    """
+    direct = _opened_past_cache(path)
+    if direct is None:
+        return
+    try:
+        os.posix_fallocate(direct, 0, size)
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
+    finally:
+        os.close(direct)
 
 
 def _opened_past_cache(path: Path) -> int | None:

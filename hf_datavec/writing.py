@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from hf_datavec import headers
+from hf_datavec import headers, uncached
 from hf_datavec.errors import RunError
 from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.tensors import TORCH_NAMES, Record
@@ -67,9 +66,8 @@ def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False, reserve
             handle.write(header)
             size = start + sum(record.nbytes for record in placed)
             handle.truncate(size)
-            if reserve and hasattr(os, "posix_fallocate"):
-                handle.flush()
-                os.posix_fallocate(handle.fileno(), 0, size)
+        if reserve:
+            uncached.reserve(path, size)
     except OSError as error:
         raise RunError(f"cannot write '{path}': {error.strerror}") from None
     return placed

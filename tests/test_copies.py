@@ -27,6 +27,8 @@ def test_a_single_row_is_not_copied_and_what_it_stands_in_is_never_written_to():
     alone = copies.stacked([row], "cpu")
     assert alone.shape == (1, 5)
     assert alone.data_ptr() == row.data_ptr()
+    assert copies.stacked([torch.ones(5)], "cpu", alone).tolist() == [[1.0] * 5]
+    assert row.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(("device", "found"), [("cpu", False), ("cuda", True), ("cuda:1", True), ("mps", False)])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from launching import PATIENCE, ended, environment, start_all
 from networks import LABELS, make_vector, write_recipe
 
 from hf_datavec.models import load
+from hf_datavec.pipeline import ledger
 from hf_datavec.staging import partial_path
+from hf_datavec.vector import TaskVector
 
 # Shards of this size make more than ten files of the network below.
 SHARDS = "600KB"
@@ -269,3 +272,36 @@ def test_when_one_of_two_processes_is_killed_the_other_says_so_and_one_process_f
     assert not output.exists()
     assert "going on with an interrupted merge" in again(recipe)
     assert same_as(output, big / "whole")
+
+
+def test_parts_that_were_made_before_a_wrong_vector_was_known_are_not_gone_on_with(study, run, monkeypatch):
+    """A vector is altered by a finite value, the merge dies in its midst, and the site sends the right file again."""
+    monkeypatch.setattr(ledger, "WORTH_KEEPING", 0)
+    assert run("merge", "recipe.yaml", "-o", "right").code == 0
+    file = study / "site-a" / "vector.safetensors"
+    right = file.read_bytes()
+    file.write_bytes(right[:-4] + b"\x00\x00\x80\x3f")
+    real_verify, real_enter, entered, told = TaskVector.verify, ledger.Ledger.enter, [], threading.Event()
+
+    def late(self, **options):
+        told.wait(30)
+        real_verify(self, **options)
+
+    def enter(self, part, finished):
+        real_enter(self, part, finished)
+        entered.append(part.number)
+        if len(entered) == 3:
+            told.set()
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TaskVector, "verify", late)
+        patched.setattr(ledger.Ledger, "enter", enter)
+        outcome = run("merge", "recipe.yaml", "-o", "fused")
+    assert outcome.code == 2
+    assert "is not the file its datavec.json describes" in outcome.err
+    file.write_bytes(right)
+    outcome = run("merge", "recipe.yaml", "-o", "fused")
+    assert outcome.code == 0, outcome.err
+    assert "going on with an interrupted merge" not in outcome.err
+    assert (study / "fused/model.safetensors").read_bytes() == (study / "right/model.safetensors").read_bytes()

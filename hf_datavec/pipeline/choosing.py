@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_datavec import evaluate as evaluation
 from hf_datavec import processes, variants
@@ -22,9 +21,6 @@ from hf_datavec.recipe import Measured, Merge, Override, ScaleSearch, WeightSear
 from hf_datavec.search import Search, Trial, Weights, over_weights
 from hf_datavec.tensors import Nothing, open_file
 from hf_datavec.vector import Combination
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

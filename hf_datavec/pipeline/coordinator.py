@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from hf_datavec.pipeline.prepare import (
     search_images,
 )
 from hf_datavec.pipeline.trying import Tried
-from hf_datavec.pipeline.verification import verifying
+from hf_datavec.pipeline.verification import Verification, verifying
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
@@ -67,7 +67,8 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
 
     A run whose push failed can be run again: when the output already is what this recipe gives, it is only pushed.
 
-    Raises: InputError before anything is written; after that the output appears whole or not at all.
+    Raises: InputError before anything is written, but for what only the tensors tell; the output appears whole or not
+    at all.
     """
     if processes.count() > 1:
         devices.choose(device)  # where they meet: from here on an error in one of them ends all
@@ -80,21 +81,23 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     images = processes.first_on_each_machine(lambda: _open_images(prepared))
     for note in prepared.plan.notes:
         log.info("note: %s", note)
-    with verifying(prepared.plan) as verified:
-        return _merged(prepared, images, output, pushing=pushing, device=device, verified=verified)
+    place = devices.choose(device)
+    if not pushing:
+        processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
+    with verifying(prepared.plan) as vectors:
+        return _merged(prepared, images, (output, place), pushing=pushing, vectors=vectors)
 
 
 def _merged(
     prepared: Prepared,
     images: Images,
-    output: Path,
+    where: tuple[Path, str],
     *,
     pushing: bool,
-    device: devices.Device,
-    verified: Callable[[], None],
+    vectors: Verification,
 ) -> MergeResult:
-    """Make the fused model, or find it made, and hand it over; nothing appears before all vectors are `verified`."""
-    place = devices.choose(device)
+    """Make the fused model, or find it made, and hand it over; nothing appears before all vectors are verified."""
+    output, place = where
     # One process decides, since a number on an edge may fall to either side on another machine.
     decided = processes.on_main(lambda: automatic.decide(prepared.plan))
     resolved, why = automatic.applied(prepared.plan, decided)
@@ -104,10 +107,10 @@ def _merged(
     if pushing:
         geometry = processes.on_main(lambda: finished.geometry_of(output, prepared, images.public, images.test, place))
         if geometry is not None:
-            verified()
+            vectors.wait()
             return _handed_over(prepared, output, geometry)
     processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
-    result = _made(prepared, why, images, (output, place), verified)
+    result = _made(prepared, why, images, where, vectors)
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
 
 
@@ -142,9 +145,7 @@ def _staged(output: Path) -> Iterator[Path]:
         processes.on_main(stack.close)
 
 
-def _made(
-    prepared: Prepared, why: str, images: Images, where: tuple[Path, str], verified: Callable[[], None]
-) -> MergeResult:
+def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str], vectors: Verification) -> MergeResult:
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
     chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
@@ -156,10 +157,11 @@ def _made(
         )
         # Only a merge in one go leaves weights that a next run would make again.
         resume = recipe.merge.searched is None and images.learning is None
-        again = not resume or chosen.mode != "none" or images.test is not None
+        again = not resume or chosen.mode != "none" or images.test is not None or recipe.push is not None
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
-            digest = weights.write(writing, folder, place, seen, resume=resume, read_again=again)
+            trusted = vectors if resume else None
+            digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again)
             return restoring.restore(plan, folder, images.public, chosen, digest)
 
         def restored(plan: Plan, network: models.Network) -> Mapping[str, torch.Tensor]:
@@ -181,7 +183,7 @@ def _made(
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
         measured = _measure(choice.plan, folder, images.test, place)
-        verified()
+        vectors.wait()
         done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured)
         processes.on_main(lambda: _finish(done, images, folder, output))
     return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)

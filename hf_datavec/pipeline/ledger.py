@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from hf_datavec import processes, sums
 from hf_datavec.errors import InputError
+from hf_datavec.pipeline.verification import Verification
 from hf_datavec.plan import Plan
 from hf_datavec.tensors import MODEL_FILE, Record, hash_of
 from hf_datavec.vector import tool_versions
@@ -25,6 +26,8 @@ LARGEST_PART = 2**28
 WORTH_KEEPING = 2**30
 
 KEY_FILE = ".merge-key"
+# Stands beside it once all vectors of the merge have been verified: parts that were made before may be of a wrong one.
+TRUSTED_FILE = ".merge-verified"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class Ledger:
 
     folder: Path
     key: str
+    vectors: Verification
 
     def begin(self) -> None:
         """Forget what another merge has entered."""
@@ -101,8 +105,8 @@ class Ledger:
 
     def claimed(self) -> dict[int, Finished]:
         """What earlier runs of this very merge have entered, by the number of the part; to be verified."""
-        place = self.folder / KEY_FILE
-        if not place.is_file() or place.read_text("utf-8") != self.key:
+        notes = [self.folder / name for name in (KEY_FILE, TRUSTED_FILE)]
+        if not all(note.is_file() and note.read_text("utf-8") == self.key for note in notes):
             return {}
         return {entry["part"]: Finished(tuple(entry["hashes"]), entry["products"]) for entry in _entries(self.folder)}
 
@@ -111,6 +115,14 @@ class Ledger:
         entry = {"part": part.number, "hashes": finished.hashes, "products": finished.products}
         with open(self.folder / f".finished-{processes.index()}.jsonl", "a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
+        if processes.is_main() and self.vectors.passed:
+            self.trust()
+
+    def trust(self) -> None:
+        """Remember that all vectors are what their manifests say, and so are all parts."""
+        place = self.folder / TRUSTED_FILE
+        if not place.is_file():
+            place.write_text(self.key, "utf-8")
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:
@@ -138,22 +150,22 @@ def verified(part: Part, finished: Finished) -> bool:
 
 def forget(folder: Path) -> None:
     """Remove all that was entered."""
-    for path in (*_books(folder), folder / KEY_FILE):
+    for path in (*_books(folder), folder / KEY_FILE, folder / TRUSTED_FILE):
         path.unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:
     """Leave in a staging folder only what a next run may go on with: weights and what was entered of them."""
-    usable = (folder / KEY_FILE).is_file() and any(_books(folder))
+    usable = all((folder / name).is_file() for name in (KEY_FILE, TRUSTED_FILE)) and any(_books(folder))
     for path in sorted(folder.iterdir()):
-        entered = path.suffix == ".safetensors" or path.name == KEY_FILE or path in _books(folder)
+        entered = path.suffix == ".safetensors" or path.name in (KEY_FILE, TRUSTED_FILE) or path in _books(folder)
         if not (usable and entered):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def worth_keeping(folder: Path, error: BaseException) -> bool:
     """Whether a next run can go on with what a failed one leaves: large results, unless the input was wrong."""
-    if isinstance(error, InputError) or not any(_books(folder)):
+    if isinstance(error, InputError) or not any(_books(folder)) or not (folder / TRUSTED_FILE).is_file():
         return False
     files = list(folder.glob("*.safetensors"))
     return [path.name for path in files] != [MODEL_FILE] or files[0].stat().st_size >= WORTH_KEEPING

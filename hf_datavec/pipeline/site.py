@@ -77,6 +77,10 @@ def train(
     if settings.least_squares and settings.class_balanced and settings.epochs == 0:
         hint = "leave --class-balanced out, or use --probe-steps"
         raise InputError("--least-squares counts every image alike, not every class", hint=hint)
+    if settings.augment != "none" and settings.epochs == 0:
+        raise InputError(
+            "--augment is for epochs, of which there are none: heads see pictures as they are", hint="leave it out"
+        )
     refuse_existing(output)
     pictures.label_rows(checkpoint.labels)
     network = load(checkpoint.folder, device=devices.choose(device))

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from hf_datavec import processes
 from hf_datavec.plan import Plan
 from hf_datavec.vector import TaskVector
 
 
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Vectors that are being verified, or have been."""
+
+    asked: Sequence[Future[None]] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether all vectors have been found to be what their manifests say."""
+        return all(one.done() and one.exception() is None for one in self.asked)
+
+    def wait(self) -> None:
+        """Wait until all are verified. Raises: InputError when one differs."""
+        for one in self.asked:
+            one.result()
+
+
 @contextlib.contextmanager
-def verifying(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Hold every vector against its manifest while the block runs; yields what waits until all are.
+def verifying(plan: Plan) -> Iterator[Verification]:
+    """Hold every vector against its manifest while the block runs.
 
     Several processes do it before the block instead, each taking a share.
 
@@ -25,16 +43,11 @@ def verifying(plan: Plan) -> Iterator[Callable[[], None]]:
         vectors = []
     with ThreadPoolExecutor(1, "verify") as pool:
         # One thread fills what those that combine leave free while they wait for each other.
-        asked = [pool.submit(vector.verify, threads=1) for vector in vectors]
-
-        def verified() -> None:
-            for one in asked:
-                one.result()
-
+        verification = Verification([pool.submit(vector.verify, threads=1) for vector in vectors])
         try:
-            yield verified
+            yield verification
         except Exception:
-            verified()
+            verification.wait()
             raise
         finally:
             pool.shutdown(cancel_futures=True)

@@ -16,6 +16,7 @@ from hf_datavec import survey as surveys
 from hf_datavec.errors import RunError
 from hf_datavec.geometry import Gram
 from hf_datavec.pipeline.ledger import Finished, Ledger, Part, key_of, parts_of, verified
+from hf_datavec.pipeline.verification import Verification
 from hf_datavec.plan import Plan
 from hf_datavec.progress import byte_progress
 from hf_datavec.staging import flushing
@@ -32,19 +33,24 @@ log = logging.getLogger(__name__)
 BESIDE = 16_000_000
 
 
-def write(plan: Plan, folder: Path, device: str, gram: Gram, *, resume: bool = False, read_again: bool = True) -> str:
+def write(
+    plan: Plan, folder: Path, device: str, gram: Gram, *, resume: Verification | None = None, read_again: bool = True
+) -> str:
     """Write the fused tensors into the same files as the base has; returns the content digest.
 
-    Every process must call it. `gram` counts the vectors. With `resume`, parts that an interrupted run of the same
-    merge has finished are verified and kept. A large result that this run does not `read_again` is written past the
-    page cache.
+    Every process must call it. `gram` counts the vectors. With `resume`, the vectors' verification, parts that an
+    interrupted run of the same merge has finished are looked at and kept, and all vectors are verified when this
+    returns. A large result that this run does not `read_again` is written past the page cache.
     """
     by_file: dict[Path, list[Record]] = {}
     for step in plan.steps:
         by_file.setdefault(folder / step.record.file.name, []).append(step.record)
-    ledger = Ledger(folder, key_of(plan, device.split(":")[0])) if resume else None
+    ledger = Ledger(folder, key_of(plan, device.split(":")[0]), resume) if resume is not None else None
     cached = read_again or writing.worth_caching(step.record for step in plan.steps)
     written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger, cached=cached)
+    if resume is not None and ledger is not None:
+        resume.wait()
+        processes.on_main(ledger.trust)
     if [path.name for path in by_file] != [tensors.MODEL_FILE]:
         processes.on_main(lambda: _write_index(plan, folder, by_file))
     return tensors.combined_digest(written)

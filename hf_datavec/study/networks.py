@@ -105,6 +105,8 @@ class Seed:
         chosen = self.place.study.training.model_dump()
         if not probe:
             chosen["probe_steps"] = 0
+        if not share:
+            chosen["augment"] = "none"  # heads see pictures as they are
         return Settings(**{**chosen, "epochs": chosen["epochs"] * share}, seed=self.number)
 
     def vector(

@@ -21,7 +21,7 @@ from hf_datavec.study.networks import Seed, Workplace
 from hf_datavec.study.partition import divide
 from hf_datavec.study.pictures import EMBEDDED, Table, open_table
 from hf_datavec.study.results import Results, measure
-from hf_datavec.study.sections import Study
+from hf_datavec.study.sections import Study, Training
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ def _refuse_other(study: Study, table: Table, elsewhere: ImageSet | None, folder
         write_note(study, table, elsewhere, folder)
         return
     before = json.loads(note.read_text("utf-8"))
+    # A study that was begun before a setting was known has what that is unless told.
+    before["training"] = Training().model_dump(mode="json") | before.get("training", {})
     changed = [key for key in described if before.get(key) != described[key]]
     if changed:
         raise InputError(
