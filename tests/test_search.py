@@ -178,7 +178,7 @@ def test_a_trial_in_memory_has_the_bits_that_its_file_would_have(kind, sections,
         return original(network, images, **options)
 
     monkeypatch.setattr(evaluate, "evaluate_network", kept)
-    recipe = {"base": "./base", "vectors": ["./site-0", "./site-1"], "dtype": dtype, "recalibrate": restore}
+    recipe = {"base": "./base", "vectors": ["./site-0", "./site-1"], **sections}
     merge = {
         "scale": {"search": [0.3, 0.7, 0.1], "images": "./images"},
         "overrides": [{"tensors": ".*bias", "scale": 2}],
