@@ -186,6 +186,7 @@ def stored_names(network: Network) -> dict[str, str]:
 
     live = list(network.module.state_dict())
     numbered = {name: torch.tensor([number], dtype=torch.float64) for number, name in enumerate(live)}
-    # As in `statistic_layers`, only the first process writes.
-    found = processes.on_main(lambda: _translated(network, numbered))
-    return {name: live[int(value[0])] for name, value in found.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        network.module.save_pretrained(folder, state_dict=numbered)
+        stored = open_folder(Path(folder))
+        return {name: live[int(stored.read(name)[0])] for name in stored.records}

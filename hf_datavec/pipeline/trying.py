@@ -91,13 +91,13 @@ def _as_stored(plan: Plan, values: Mapping[str, torch.Tensor]) -> Iterator[tuple
 
 def _in_memory(network: Network, plan: Plan) -> InMemory | None:
     """The network with its tensors by their names in the file, where that is possible in every process."""
-    found = None
-    if network.device is None:
-        live, names = network.module.state_dict(), models.stored_names(network)
-        tensors = {name: live[place] for name, place in names.items()}
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-            step.name: tuple(step.record.shape) for step in plan.steps
-        }:
-            found = InMemory(network, tensors)
     # All go the same way, since writing takes exchanges that setting does not.
-    return found if all(processes.gathered([found is not None])) else None
+    if not all(processes.gathered([network.device is None])):
+        return None
+    # As in `statistic_layers`, only the first process writes names that can be read back.
+    names = processes.on_main(lambda: models.stored_names(network))
+    live = network.module.state_dict()
+    shapes = {name: tuple(live[place].shape) for name, place in names.items()}
+    if shapes != {step.name: tuple(step.record.shape) for step in plan.steps}:
+        return None
+    return InMemory(network, {name: live[place] for name, place in names.items()})
