@@ -16,9 +16,9 @@ from hf_datavec.geometry import products_of_rows
 from hf_datavec.methods import Factors, Method, all_methods
 from hf_datavec.plan import Plan, Step
 from hf_datavec.recipe import Recipe
-from hf_datavec.tensors import NUMPY_NAMES, Nothing, StoredTensors
+from hf_datavec.tensors import NUMPY_NAMES, StoredTensors
 from hf_datavec.threads import PIECE
-from hf_datavec.vector import Combination
+from hf_datavec.vector import Combination, Nothing
 
 if TYPE_CHECKING:
     import numpy as np

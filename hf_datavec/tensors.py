@@ -152,25 +152,6 @@ class StoredTensors:
         return combined_digest(zip((self.records[name] for name in sorted(self.records)), hashes, strict=True))
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """Tensors of these shapes that leave whatever is added to them as it is, the sign of a zero included."""
-
-    records: Mapping[str, Record]
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, in float64."""
-        import torch
-
-        return torch.full(self.records[name].shape, -0.0, dtype=torch.float64)
-
-    def array(self, name: str) -> NDArray[np.generic]:
-        """The same flat and without torch, in the room of one value."""
-        import numpy as np
-
-        return np.broadcast_to(np.float64(-0.0), math.prod(self.records[name].shape))
-
-
 def _stamp(file: Path) -> tuple[int, int]:
     """Size and time of change."""
     try:

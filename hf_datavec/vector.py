@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.manifest import AGAIN, VECTOR_FILE, Manifest
 from hf_datavec.second_moments import SecondMoments, open_beside
-from hf_datavec.tensors import NUMPY_NAMES, StoredTensors, Tensors, open_file
+from hf_datavec.tensors import NUMPY_NAMES, Record, StoredTensors, Tensors, open_file
 from hf_datavec.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -161,6 +161,25 @@ class Combination:
     def arrays(self, name: str) -> Arrays:
         """The same as `parts`, without torch."""
         return _flat(self.tensors, name).__getitem__
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Tensors of these shapes that leave whatever is added to them as it is, the sign of a zero included."""
+
+    records: Mapping[str, Record]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in float64."""
+        import torch
+
+        return torch.full(self.records[name].shape, -0.0, dtype=torch.float64)
+
+    def array(self, name: str) -> Array:
+        """The same flat and without torch, in the room of one value."""
+        import numpy as np
+
+        return np.broadcast_to(np.float64(-0.0), math.prod(self.records[name].shape))
 
 
 def _flat(tensors: Tensors, name: str) -> Array:

@@ -12,7 +12,6 @@ from hf_datavec import headers, uncached
 from hf_datavec.errors import RunError
 from hf_datavec.headers import ITEM_BYTES
 from hf_datavec.tensors import TORCH_NAMES, Record
-from hf_datavec.uncached import appending
 
 # A result of more bytes than this is not kept in the page cache for its next reader: taking memory for it costs more
 # than reading it from its disk, and may push out the networks that the next merge reads.
@@ -82,7 +81,7 @@ def write_into(
     """
     written: list[tuple[Record, str]] = []
     try:
-        with appending(path, records[0].start if records else 0, cached=cached) as handle:
+        with uncached.appending(path, records[0].start if records else 0, cached=cached) as handle:
             for record in records:
                 hashed = blake3()
                 for content in _contents(stream, record):

@@ -6,8 +6,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 import hf_datavec
 
@@ -50,3 +55,28 @@ def ended(started: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]
         for process in started:
             process.kill()
     return [(process.returncode, out, err) for process, (out, err) in zip(started, told, strict=True)]
+
+
+def kill_after_an_epoch(arguments: Sequence[object], folder: Path, output: str) -> None:
+    """Train by `hf-datavec` with some arguments, and kill it once the first checkpoint of its output is complete."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_datavec", *map(str, arguments)], cwd=folder, stderr=subprocess.PIPE
+    )
+    checkpoints = folder / f".{output}.partial" / "checkpoints"
+    deadline = time.monotonic() + PATIENCE
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (folder / output).exists()
+
+
+def assert_goes_on(run: Callable[..., Any], folder: Path, options: Sequence[str]) -> None:
+    """Train `tuned` on, and hold it against `whole`, which nothing interrupts."""
+    again = run("finetune", "base", "images", "-o", "tuned", *options)
+    assert again.code == 0, again.err
+    assert "going on with the unfinished training of 'tuned'\n" in again.err
+    assert run("finetune", "base", "images", "-o", "whole", *options).code == 0
+    resumed, whole = (load_file(folder / name / "model.safetensors") for name in ("tuned", "whole"))
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=1e-4, atol=1e-5)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from launching import assert_goes_on, kill_after_an_epoch
 from networks import make_images, make_network
-from safetensors.torch import load_file
 
 from hf_datavec import examples, hub, models
 from hf_datavec.images import open_images
@@ -100,19 +96,5 @@ def test_an_interrupted_training_goes_on_with_the_positions_that_it_would_have_h
     make_network("test_resnet", tmp_path / "base")
     make_images(tmp_path / "images", each=12)
     options = ["--epochs", "8", "--batch-size", "4", "--device", "cpu", "--augment", "crops"]
-    command = [sys.executable, "-m", "hf_datavec", "finetune", "base", "images", "-o", "tuned", *options]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-    checkpoints = tmp_path / ".tuned.partial" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "tuned").exists()
-    again = run("finetune", "base", "images", "-o", "tuned", *options)
-    assert again.code == 0, again.err
-    assert "going on with the unfinished training of 'tuned'\n" in again.err
-    assert run("finetune", "base", "images", "-o", "whole", *options).code == 0
-    resumed, whole = (load_file(tmp_path / name / WEIGHTS) for name in ("tuned", "whole"))
-    for name in whole:
-        torch.testing.assert_close(resumed[name], whole[name], rtol=1e-4, atol=1e-5)
+    kill_after_an_epoch(["finetune", "base", "images", "-o", "tuned", *options], tmp_path, "tuned")
+    assert_goes_on(run, tmp_path, options)

@@ -14,7 +14,7 @@ from networks import digest, make_images, make_network, make_vector, save_with, 
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from hf_datavec import writing
+from hf_datavec import uncached, writing
 from hf_datavec.errors import InputError
 from hf_datavec.vector import TaskVector
 
@@ -176,8 +176,8 @@ def test_a_large_result_that_nobody_reads_again_is_the_same_bytes_written_past_t
     assert run("merge", "recipe.yaml").code == 0
     monkeypatch.setattr(writing, "MOST_CACHED", 1000)
     seen = []
-    real = writing.appending
-    monkeypatch.setattr(writing, "appending", lambda *a, cached: seen.append(cached) or real(*a, cached=cached))
+    real = uncached.appending
+    monkeypatch.setattr(uncached, "appending", lambda *a, cached: seen.append(cached) or real(*a, cached=cached))
     assert run("merge", "recipe.yaml", "-o", "again").code == 0
     assert run("diff", "base", "tuned-site-a", "-o", "vector").code == 0
     assert set(seen) == {False}

@@ -150,18 +150,13 @@ def test_a_search_loads_one_network_and_writes_weights_twice(searching, run, mon
     assert done == {"load": 1, "write": 2}  # of the first trial, and what is kept
 
 
-NONE, STATISTICS = {"mode": "none"}, {"mode": "statistics", "images": "./images", "count": 12}
+STATISTICS = {"recalibrate": {"mode": "statistics", "images": "./images", "count": 12}}
+TUNED = {"recalibrate": {"mode": "tune", "images": "./images", "tune": {"parameters": "all", "steps": 2}}}
+HALF = {"dtype": "bfloat16"}
+CASES = ("restored", "restored-half", "tuned-half", "half")
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"dtype": "float32", "recalibrate": STATISTICS},
-        {"dtype": "bfloat16", "recalibrate": STATISTICS},
-        {"dtype": "bfloat16", "recalibrate": NONE},
-    ],
-    ids=["float32", "bfloat16", "bfloat16-none"],
-)
+@pytest.mark.parametrize("sections", [STATISTICS, STATISTICS | HALF, TUNED | HALF, HALF], ids=CASES)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_trial_in_memory_has_the_bits_that_its_file_would_have(kind, sections, tmp_path, run, monkeypatch):
     base = make_network(kind, tmp_path / "base", labels=LABELS[:2])
@@ -187,6 +182,7 @@ def test_a_trial_in_memory_has_the_bits_that_its_file_would_have(kind, sections,
     outcome = run("merge", write_recipe(tmp_path / "r.yaml", **recipe, merge=merge), "-o", "fused")
     assert outcome.code == 0, outcome.err
     assert len({id(network) for network, _ in seen}) == 1
+    assert seen[0][0].labels == LABELS
     assert len(seen) == 3
     for value, (_, tensors) in zip(merge["scale"]["search"], seen, strict=True):
         alone = write_recipe(tmp_path / "alone.yaml", **recipe, merge={**merge, "scale": value})

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from launching import assert_goes_on, kill_after_an_epoch
 from networks import LABELS, NETWORKS, digest, make_images, make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file, save_model
 
@@ -137,25 +135,11 @@ def test_an_interrupted_training_goes_on_and_ends_like_an_uninterrupted_one(tmp_
     make_network("test_resnet", tmp_path / "base")
     make_images(tmp_path / "images", each=12)
     options = ["--epochs", "12", "--batch-size", "4", "--device", "cpu"]
-    command = [sys.executable, "-m", "hf_datavec", "finetune", "base", "images", "-o", "tuned", *options]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-    checkpoints = tmp_path / ".tuned.partial" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "tuned").exists()
+    kill_after_an_epoch(["finetune", "base", "images", "-o", "tuned", *options], tmp_path, "tuned")
     other = run("finetune", "base", "images", "-o", "tuned", *options[:-4], "--lr", "0.5")
     assert other.code == 2
     assert "an unfinished training of 'tuned' had other settings, base or images" in other.err
-    again = run("finetune", "base", "images", "-o", "tuned", *options)
-    assert again.code == 0, again.err
-    assert "going on with the unfinished training of 'tuned'\n" in again.err
-    assert run("finetune", "base", "images", "-o", "whole", *options).code == 0
-    resumed, whole = (load_file(tmp_path / name / WEIGHTS) for name in ("tuned", "whole"))
-    for name in whole:
-        torch.testing.assert_close(resumed[name], whole[name], rtol=1e-4, atol=1e-5)
+    assert_goes_on(run, tmp_path, options)
 
 
 def forms(base, tuned, folder):

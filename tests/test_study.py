@@ -336,10 +336,15 @@ def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-3"
     assert run("merge", folder / "recipes" / "ties_x_1.yaml", "-o", "fused").code == 0
-    kept = next(path for path in folder.glob("predictions/*.npy") if path.name.startswith("ties_x_1__none"))
+    assert_predicted_by(clinic / "fused", folder, "ties_x_1__none", clinic)
+
+
+def assert_predicted_by(fused, folder, row, clinic):
+    """Hold the probabilities that a study has kept of a row against those of a fused model."""
+    kept = next(path for path in folder.glob("predictions/*.npy") if path.name.startswith(row))
     places = json.loads((folder / "parts.json").read_text())["test"]["images"]
     table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
-    network = models.load(clinic / "fused")
+    network = models.load(fused)
     with torch.no_grad():
         pixels = table.images.tensors(network.preprocess, places)
         expected = torch.softmax(network.logits(pixels).double(), 1).numpy()
@@ -466,14 +471,7 @@ def test_heads_first_are_what_all_networks_of_a_seed_start_from(clinic, run):
         assert json.loads((folder / "vectors" / name / "datavec.json").read_text())["base"]["digest"] == digest
     # The recipe of a merge gives what the study has measured.
     assert run("merge", folder / "recipes" / "sum_x_0.5.yaml", "-o", "fused").code == 0
-    kept = next(path for path in folder.glob("predictions/*.npy") if path.name.startswith("sum_x_0.5__none"))
-    places = json.loads((folder / "parts.json").read_text())["test"]["images"]
-    table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
-    network = models.load(clinic / "fused")
-    with torch.no_grad():
-        pixels = table.images.tensors(network.preprocess, places)
-        expected = torch.softmax(network.logits(pixels).double(), 1).numpy()
-    assert np.allclose(np.load(kept), expected, atol=1e-6)
+    assert_predicted_by(clinic / "fused", folder, "sum_x_0.5__none", clinic)
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

@@ -19,8 +19,8 @@ from hf_datavec.plan import Contribution, Plan
 from hf_datavec.progress import progress
 from hf_datavec.recipe import Measured, Merge, Override, ScaleSearch, WeightSearch
 from hf_datavec.search import Search, Trial, Weights, over_weights
-from hf_datavec.tensors import Nothing, open_file
-from hf_datavec.vector import Combination
+from hf_datavec.tensors import open_file
+from hf_datavec.vector import Combination, Nothing
 
 log = logging.getLogger(__name__)
 

@@ -109,7 +109,7 @@ def _merged(
         if geometry is not None:
             vectors.wait()
             return _handed_over(prepared, output, geometry)
-    processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
+        processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
     result = _made(prepared, why, images, where, vectors)
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
 

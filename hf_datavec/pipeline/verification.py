@@ -16,7 +16,7 @@ from hf_datavec.vector import TaskVector
 class Verification:
     """Vectors that are being verified, or have been."""
 
-    asked: Sequence[Future[None]] = ()
+    asked: tuple[Future[None], ...]
 
     @property
     def passed(self) -> bool:
@@ -43,7 +43,7 @@ def verifying(plan: Plan) -> Iterator[Verification]:
         vectors = []
     with ThreadPoolExecutor(1, "verify") as pool:
         # One thread fills what those that combine leave free while they wait for each other.
-        verification = Verification([pool.submit(vector.verify, threads=1) for vector in vectors])
+        verification = Verification(tuple(pool.submit(vector.verify, threads=1) for vector in vectors))
         try:
             yield verification
         except Exception:

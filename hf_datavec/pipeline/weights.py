@@ -48,8 +48,8 @@ def write(
     ledger = Ledger(folder, key_of(plan, device.split(":")[0]), resume) if resume is not None else None
     cached = read_again or writing.worth_caching(step.record for step in plan.steps)
     written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger, cached=cached)
-    if resume is not None and ledger is not None:
-        resume.wait()
+    if ledger is not None:
+        ledger.vectors.wait()
         processes.on_main(ledger.trust)
     if [path.name for path in by_file] != [tensors.MODEL_FILE]:
         processes.on_main(lambda: _write_index(plan, folder, by_file))
