@@ -7,7 +7,8 @@ Networks are made once below `--work` (base, fine-tunes, vectors) and kept. Ever
 own; a round runs each of them once on the same files, so that what slows one down slows the others down as well. Times
 are shown as median, minimum and maximum over the rounds, ratios are those within a round. Seconds of all processors say
 more than those that pass where other programs run as well. Memory is the peak of
-what is not file pages (RssAnon), looked at every 10 ms. `floor` reads all inputs and writes a file as large as the
+what is not file pages (RssAnon) of a process and its children, looked
+at every 10 ms. `floor` reads all inputs and writes a file as large as the
 output through a small buffer, `torch` only imports torch.
 """
 
@@ -305,17 +306,24 @@ def remove(path: Path) -> None:
 
 
 def watch(pid: int, peak: list[float]) -> None:
-    """Keep the largest anonymous memory of a process until it ends."""
-    while True:
+    """Keep the largest anonymous memory of a process and its children until it ends; shared pages count for each."""
+    while (own := anonymous(pid)) is not None:
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except OSError:
-            return
-        found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-        if not found:  # it has ended and waits to be asked for
-            return
-        peak[0] = max(peak[0], 1024.0 * int(found[0]))
+            children = []
+        peak[0] = max(peak[0], own + sum(anonymous(int(child)) or 0.0 for child in children))
         time.sleep(0.01)
+
+
+def anonymous(pid: int) -> float | None:
+    """The memory of a process that is not file pages, in bytes; None when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+    return 1024.0 * int(found[0]) if found else None  # without, it waits to be asked for
 
 
 def spread(values: list[float], digits: int = 2) -> str:

@@ -74,9 +74,7 @@ def pieces(
     Threads make pieces ahead, so that the next are computed while one is written. What is nothing but a sum is made
     by numpy, without torch.
     """
-    steps = {step.name: step for step in plan.steps if only is None or step.name in only}
-    survey = survey or surveys.take(plan)
-    ordered = [steps[record.name] for record in in_file_order(step.record for step in steps.values())]
+    survey, ordered = survey or surveys.take(plan), _ordered(plan, only)
     by_torch = not sums.suffice(plan, device)
     make = _tasks if by_torch else _sums
     tasks = (task for step in ordered for task in make(plan, step, survey, device))
@@ -85,6 +83,25 @@ def pieces(
         if gram is not None and seen is not None:
             gram.include(seen)
         yield name, piece
+
+
+def sums_in_a_row(
+    plan: Plan, only: Collection[str], survey: Survey, gram: Gram, watch: sums.Watch
+) -> Iterator[tuple[str, Values]]:
+    """The same pieces of a plan that is nothing but sums, each made when it is asked for; `watch` sees what is
+    summed."""
+    for step in _ordered(plan, only):
+        for task in _sums(plan, step, survey, "cpu", watch):
+            name, piece, seen = task.compute()
+            if seen is not None:
+                gram.include(seen)
+            yield name, piece
+
+
+def _ordered(plan: Plan, only: Collection[str] | None) -> list[Step]:
+    """The steps for some names, in the order of a file."""
+    steps = {step.name: step for step in plan.steps if only is None or step.name in only}
+    return [steps[record.name] for record in in_file_order(step.record for step in steps.values())]
 
 
 def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -> Iterator[Task[Piece]]:
@@ -107,13 +124,15 @@ def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -
         yield Task(partial(combining.piece, where), step.peak_bytes(count))
 
 
-def _sums(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -> Iterator[Task[Piece]]:
+def _sums(
+    plan: Plan, step: Step, survey: Survey, device: torch.device | str, watch: sums.Watch | None = None
+) -> Iterator[Task[Piece]]:
     """The same for a tensor that is a sum, in the same pieces."""
     sites = survey.sites(plan, step)
     for number, where in enumerate(sums.ranges(step, PIECE)):
 
         def compute(number: int = number, where: range = where) -> Piece:
-            found = sums.piece(plan, step, sites, where)
+            found = sums.piece(plan, step, sites, where, watch)
             # What is not finite is told by those who make all other methods.
             return found or next(itertools.islice(_tasks(plan, step, survey, device), number, None)).compute()
 

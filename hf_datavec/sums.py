@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.combine import Sites, slice_length
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     # A tensor's name, some of its values, and the inner products (n, n) of the vectors that they were made of.
     Piece = tuple[str, Array, Products | None]
     Parts = Callable[[slice], Array]
+    # What is shown a tensor's name and some values (d,) of it from each site, slice by slice.
+    Watch = Callable[[str, Sequence[Array]], None]
 
 # Of a whole piece one slice in this many is multiplied out for the norms and cosines that card and plot show, since all
 # would cost as much as the sum. Of ten million weights a cosine's error is some 0.0006; `inspect` counts all of them.
@@ -85,18 +87,20 @@ def ranges(step: Step, size: int) -> Iterator[range]:
         yield range(start, min(start + size, length))
 
 
-def piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
+def piece(plan: Plan, step: Step, sites: Sites, where: range, watch: Watch | None = None) -> Piece | None:
     """Base plus scaled sum in float64, so that the cast to the result's type is the only rounding.
+
+    `watch` sees what is summed while it is near the core.
 
     None when a value is not finite, for somebody else to tell why.
     """
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        return _piece(plan, step, sites, where)
+        return _piece(plan, step, sites, where, watch)
 
 
-def _piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
+def _piece(plan: Plan, step: Step, sites: Sites, where: range, watch: Watch | None) -> Piece | None:
     import numpy as np
 
     assert isinstance(plan.base.tensors, KNOWN)  # else they do not suffice
@@ -116,6 +120,8 @@ def _piece(plan: Plan, step: Step, sites: Sites, where: range) -> Piece | None:
     for start in range(where.start, where.stop, length):
         here = slice(start, min(start + length, where.stop))
         rows = [part(here) for part in parts]
+        if watch is not None:
+            watch(step.name, rows)
         if step.method.asks_for("generators"):
             options["generators"] = [
                 Draws(plan.recipe.merge.seed, one, _key(plan, step), start) for one in sites.digests
@@ -208,10 +214,10 @@ def _wide(row: Array, room: NDArray[np.float64]) -> NDArray[np.float64]:
     """A row in float64, in `room` if it is not: a cast of its own, which numpy does faster than one within a sum."""
     import numpy as np
 
-    if row.dtype == np.float64:
-        return row
-    np.copyto(room, row)
-    return room
+    if row.dtype != np.float64:
+        np.copyto(room, row)
+        row = room
+    return cast("NDArray[np.float64]", row)
 
 
 def _divide(values: NDArray[np.float64], divisor: float) -> None:

@@ -138,6 +138,11 @@ class StoredTensors:
         """
         return self.hashed(threads=min(4, os.cpu_count() or 1))
 
+    def hash_of(self, name: str) -> str:
+        """The hash of a tensor's bytes. Raises: RunError as `read`."""
+        record = self.records[name]
+        return _hash(self._opened(record.file), record)
+
     def hashed(self, *, threads: int) -> str:
         """The content digest, computed now by so many threads."""
         # From the mapping that is read later, so that its pages are not asked for twice.

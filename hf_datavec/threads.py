@@ -87,7 +87,7 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_to
     raised in its turn, and those after it are dropped.
     """
     torch = importlib.import_module("torch") if by_torch else None
-    before = torch.get_num_threads() if torch else _allowed()
+    before = torch.get_num_threads() if torch else allowed()
     count = threads or before
     pool = ThreadPoolExecutor(count, "tensors", partial(torch.set_num_threads, 1) if torch else None)
     waiting: deque[tuple[int, Future[Result]]] = deque()
@@ -108,7 +108,7 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_to
             torch.set_num_threads(before)  # what a thread sets is what later threads begin with
 
 
-def _allowed() -> int:
+def allowed() -> int:
     """How many threads torch would use, which need not be started to know it."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     if told.isdigit() and int(told):

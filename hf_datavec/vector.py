@@ -16,7 +16,7 @@ from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError, listed, raise_all
 from hf_datavec.manifest import AGAIN, VECTOR_FILE, Manifest
 from hf_datavec.second_moments import SecondMoments, open_beside
-from hf_datavec.tensors import NUMPY_NAMES, Record, StoredTensors, Tensors, open_file
+from hf_datavec.tensors import NUMPY_NAMES, Record, StoredTensors, Tensors, combined_digest, open_file
 from hf_datavec.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -70,7 +70,14 @@ class TaskVector:
 
     def verify(self, *, threads: int | None = None) -> None:
         """Compare the stored bytes with the manifest. Raises: InputError when they differ."""
-        found = self.tensors.hashed(threads=threads) if threads else self.tensors.digest
+        self._compare(self.tensors.hashed(threads=threads) if threads else self.tensors.digest)
+
+    def verify_by(self, hashes: Mapping[str, str]) -> None:
+        """The same by hashes of tensors that somebody has taken; those that are missing are taken here."""
+        taken = (hashes.get(name) or self.tensors.hash_of(name) for name in self.tensors.records)
+        self._compare(combined_digest(zip(self.tensors.records.values(), taken, strict=True)))
+
+    def _compare(self, found: str) -> None:
         if found != self.manifest.content:
             raise InputError(
                 f"'{self.folder / VECTOR_FILE}' is not the file its {manifests.MANIFEST_FILE} describes: "

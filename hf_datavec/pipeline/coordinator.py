@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,7 +150,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
     chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
-    import_ahead(*DESCRIBING)
+    describing = partial(import_ahead, *DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
     with _staged(output) as folder:
         processes.on_main(
@@ -157,11 +158,13 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         )
         # Only a merge in one go leaves weights that a next run would make again.
         resume = recipe.merge.searched is None and images.learning is None
+        if not resume:
+            vectors.begin()
         again = not resume or chosen.mode != "none" or images.test is not None or recipe.push is not None
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
-            digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again)
+            digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again, meanwhile=describing)
             return restoring.restore(plan, folder, images.public, chosen, digest)
 
         def restored(plan: Plan, network: models.Network) -> Mapping[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Finished:
 
     hashes: tuple[str, ...]
     products: list[list[float]] | None
+    # Of each task vector the hashes of what it has of the part's tensors, by name; None where nobody took them.
+    vectors: tuple[dict[str, str], ...] | None = None
 
 
 def parts_of(files: Mapping[Path, Sequence[Record]]) -> list[Part]:
@@ -104,15 +106,27 @@ class Ledger:
         (self.folder / KEY_FILE).write_text(self.key, "utf-8")
 
     def claimed(self) -> dict[int, Finished]:
-        """What earlier runs of this very merge have entered, by the number of the part; to be verified."""
-        notes = [self.folder / name for name in (KEY_FILE, TRUSTED_FILE)]
-        if not all(note.is_file() and note.read_text("utf-8") == self.key for note in notes):
+        """What earlier runs of this very merge have entered, by the number of the part; to be verified.
+
+        Parts of vectors that were not verified are left out, unless it is known what they were made of.
+        """
+        if not self._says(KEY_FILE):
             return {}
-        return {entry["part"]: Finished(tuple(entry["hashes"]), entry["products"]) for entry in _entries(self.folder)}
+        trusted = self._says(TRUSTED_FILE)
+        entries = (entry for entry in _entries(self.folder) if trusted or entry["vectors"] is not None)
+        return {
+            entry["part"]: Finished(
+                tuple(entry["hashes"]), entry["products"], None if trusted else tuple(entry["vectors"])
+            )
+            for entry in entries
+        }
+
+    def _says(self, note: str) -> bool:
+        return (self.folder / note).is_file() and (self.folder / note).read_text("utf-8") == self.key
 
     def enter(self, part: Part, finished: Finished) -> None:
         """Remember a part whose bytes are in its file."""
-        entry = {"part": part.number, "hashes": finished.hashes, "products": finished.products}
+        entry = {"part": part.number, **asdict(finished)}
         with open(self.folder / f".finished-{processes.index()}.jsonl", "a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
         if processes.is_main() and self.vectors.passed:
@@ -138,6 +152,12 @@ def _books(folder: Path) -> list[Path]:
     return sorted(folder.glob(".finished-*.jsonl"))
 
 
+def _usable(folder: Path) -> bool:
+    """Whether parts were entered of vectors that were verified, or of which it is known what they were."""
+    trusted = (folder / TRUSTED_FILE).is_file()
+    return any(trusted or entry["vectors"] is not None for entry in _entries(folder))
+
+
 def verified(part: Part, finished: Finished) -> bool:
     """Whether a part's bytes are those that were entered."""
     if not part.file.is_file() or len(part.records) != len(finished.hashes):
@@ -156,7 +176,7 @@ def forget(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Leave in a staging folder only what a next run may go on with: weights and what was entered of them."""
-    usable = all((folder / name).is_file() for name in (KEY_FILE, TRUSTED_FILE)) and any(_books(folder))
+    usable = (folder / KEY_FILE).is_file() and _usable(folder)
     for path in sorted(folder.iterdir()):
         entered = path.suffix == ".safetensors" or path.name in (KEY_FILE, TRUSTED_FILE) or path in _books(folder)
         if not (usable and entered):
@@ -165,7 +185,7 @@ def tidy(folder: Path) -> None:
 
 def worth_keeping(folder: Path, error: BaseException) -> bool:
     """Whether a next run can go on with what a failed one leaves: large results, unless the input was wrong."""
-    if isinstance(error, InputError) or not any(_books(folder)) or not (folder / TRUSTED_FILE).is_file():
+    if isinstance(error, InputError) or not _usable(folder):
         return False
     files = list(folder.glob("*.safetensors"))
     return [path.name for path in files] != [MODEL_FILE] or files[0].stat().st_size >= WORTH_KEEPING

@@ -1,37 +1,52 @@
-"""Vectors held against their manifests beside other work."""
+"""Vectors held against their manifests, beside other work or by it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 from hf_datavec import processes
 from hf_datavec.plan import Plan
 from hf_datavec.vector import TaskVector
 
 
-@dataclass(frozen=True, slots=True)
 class Verification:
-    """Vectors that are being verified, or have been."""
+    """Vectors that are to be verified, are being verified, or have been."""
 
-    asked: tuple[Future[None], ...]
+    def __init__(self, vectors: Sequence[TaskVector], pool: ThreadPoolExecutor) -> None:
+        self.vectors = tuple(vectors)
+        self._pool = pool
+        self._asked: tuple[Future[None], ...] | None = None
+
+    def begin(self) -> None:
+        """Read all vectors in a thread of their own, if nobody has begun."""
+        if self._asked is None:
+            # One thread fills what those that combine leave free while they wait for each other.
+            self._asked = tuple(self._pool.submit(vector.verify, threads=1) for vector in self.vectors)
+
+    def by_hashes(self, hashes: Sequence[Mapping[str, str]]) -> None:
+        """Verify vectors by the hashes of their tensors, which somebody has taken. Raises: InputError when one
+        differs."""
+        for vector, found in zip(self.vectors, hashes, strict=True):
+            vector.verify_by(found)
+        self._asked = ()
 
     @property
     def passed(self) -> bool:
         """Whether all vectors have been found to be what their manifests say."""
-        return all(one.done() and one.exception() is None for one in self.asked)
+        return self._asked is not None and all(one.done() and one.exception() is None for one in self._asked)
 
     def wait(self) -> None:
         """Wait until all are verified. Raises: InputError when one differs."""
-        for one in self.asked:
+        self.begin()
+        for one in self._asked or ():
             one.result()
 
 
 @contextlib.contextmanager
 def verifying(plan: Plan) -> Iterator[Verification]:
-    """Hold every vector against its manifest while the block runs.
+    """Hold every vector against its manifest at the latest when the block ends with an error or asks for it.
 
     Several processes do it before the block instead, each taking a share.
 
@@ -42,8 +57,7 @@ def verifying(plan: Plan) -> Iterator[Verification]:
         processes.together(lambda: _verify(vectors[processes.index() :: processes.count()]))
         vectors = []
     with ThreadPoolExecutor(1, "verify") as pool:
-        # One thread fills what those that combine leave free while they wait for each other.
-        verification = Verification(tuple(pool.submit(vector.verify, threads=1) for vector in vectors))
+        verification = Verification(vectors, pool)
         try:
             yield verification
         except Exception:

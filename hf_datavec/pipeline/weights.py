@@ -11,10 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec import fuse, processes, tensors, writing
+from hf_datavec import forked, fuse, processes, tensors, threads, writing
 from hf_datavec import survey as surveys
 from hf_datavec.errors import RunError
 from hf_datavec.geometry import Gram
+from hf_datavec.pipeline import apart
 from hf_datavec.pipeline.ledger import Finished, Ledger, Part, key_of, parts_of, verified
 from hf_datavec.pipeline.verification import Verification
 from hf_datavec.plan import Plan
@@ -31,23 +32,38 @@ log = logging.getLogger(__name__)
 
 # Cards, plots and configurations; more than any of them takes.
 BESIDE = 16_000_000
+# Below this copies of this process take longer to be made than they save.
+WORTH_COPIES = 2**26
+
+
+def _nothing() -> None:
+    """What is done meanwhile where nothing is."""
 
 
 def write(
-    plan: Plan, folder: Path, device: str, gram: Gram, *, resume: Verification | None = None, read_again: bool = True
+    plan: Plan,
+    folder: Path,
+    device: str,
+    gram: Gram,
+    *,
+    resume: Verification | None = None,
+    read_again: bool = True,
+    meanwhile: Callable[[], None] = _nothing,
 ) -> str:
     """Write the fused tensors into the same files as the base has; returns the content digest.
 
     Every process must call it. `gram` counts the vectors. With `resume`, the vectors' verification, parts that an
     interrupted run of the same merge has finished are looked at and kept, and all vectors are verified when this
-    returns. A large result that this run does not `read_again` is written past the page cache.
+    returns. A large result that this run does not `read_again` is written past the page cache. `meanwhile` is called
+    when tensors are about to be combined.
     """
     by_file: dict[Path, list[Record]] = {}
     for step in plan.steps:
         by_file.setdefault(folder / step.record.file.name, []).append(step.record)
     ledger = Ledger(folder, key_of(plan, device.split(":")[0]), resume) if resume is not None else None
     cached = read_again or writing.worth_caching(step.record for step in plan.steps)
-    written = write_files(plan, dict(sorted(by_file.items())), device, gram, ledger=ledger, cached=cached)
+    files = dict(sorted(by_file.items()))
+    written = write_files(plan, files, device, gram, ledger=ledger, cached=cached, meanwhile=meanwhile)
     if ledger is not None:
         ledger.vectors.wait()
         processes.on_main(ledger.trust)
@@ -64,6 +80,7 @@ def write_files(
     *,
     ledger: Ledger | None = None,
     cached: bool = True,
+    meanwhile: Callable[[], None] = _nothing,
 ) -> list[tuple[Record, str]]:
     """Write what a plan makes into files; returns each record with the hash of its bytes, the same in every process.
 
@@ -71,7 +88,10 @@ def write_files(
     that no byte depends on the number of processes.
     """
     parts = parts_of({path: writing.places(path, records) for path, records in files.items()})
-    found = _verified(parts, processes.on_main(ledger.claimed)) if ledger else {}
+    alone = ledger is not None and apart.suits(plan, device)
+    if ledger is not None and not alone:
+        ledger.vectors.begin()
+    found = _verified(plan, parts, processes.on_main(ledger.claimed), alone=alone) if ledger else {}
     processes.on_main(lambda: _lay_out(files, ledger, keep=bool(found), reserve=not cached))
     if found:
         log.info("going on with an interrupted merge: %d of %d parts are finished", len(found), len(parts))
@@ -79,8 +99,15 @@ def write_files(
     for note in survey.notes(plan):
         log.info("note: %s", note)
     mine = processes.share([part for part in parts if part.number not in found])
-    done = processes.together(lambda: dict(_written(mine, ledger, _fusing(plan, device, survey), cached=cached)))
+    if alone:
+        written = _written_apart(mine, ledger, apart.Making(plan, survey, cached), meanwhile)
+    else:
+        written = _written(mine, ledger, _fusing(plan, device, survey), cached=cached)
+        meanwhile()
+    done = processes.together(lambda: dict(written))
     found |= dict(processes.gathered(list(done.items())))
+    if ledger is not None and alone:
+        ledger.vectors.by_hashes(apart.hashes([found[part.number] for part in parts]))
     for part in parts:
         gram.count(found[part.number].products)
     return [pair for part in parts for pair in zip(part.records, found[part.number].hashes, strict=True)]
@@ -106,13 +133,36 @@ def _lay_out(files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, *, k
         ledger.begin()  # what another merge entered must not pass for this one's
 
 
-def _verified(parts: Sequence[Part], claimed: Mapping[int, Finished]) -> dict[int, Finished]:
-    """Those of the claimed parts whose bytes are in their files."""
+def _verified(
+    plan: Plan, parts: Sequence[Part], claimed: Mapping[int, Finished], *, alone: bool
+) -> dict[int, Finished]:
+    """Those of the claimed parts whose bytes are in their files, made of vectors that are, or were, verified."""
     some = [part for part in parts if part.number in claimed]
+    if alone:
+        seen = {part.number: apart.kept(plan, part, claimed[part.number]) for part in some}
+        return {number: finished for number, finished in seen.items() if finished is not None}
+    some = [part for part in some if claimed[part.number].vectors is None]
     good = processes.together(
         lambda: [part.number for part in processes.share(some) if verified(part, claimed[part.number])]
     )
     return {number: claimed[number] for number in processes.gathered(good)}
+
+
+def _written_apart(
+    mine: Sequence[Part], ledger: Ledger | None, making: apart.Making, meanwhile: Callable[[], None]
+) -> Iterator[tuple[int, Finished]]:
+    copies = threads.allowed() if sum(part.nbytes for part in mine) >= WORTH_COPIES else 1
+    # They are made before anything starts a thread here.
+    with forked.working(making, mine, processes=copies) as made:
+        meanwhile()
+        with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell, flushing() as flush:
+            for part, finished in made:
+                if making.cached:
+                    flush(part.file)
+                if ledger is not None:
+                    ledger.enter(part, finished)
+                tell(part.nbytes)
+                yield part.number, finished
 
 
 def _written(
