@@ -2,15 +2,19 @@
 
     python bench/recalibration.py
 
-Random images in memory, one thread, all three in turn in one process, round by round: plain passes in evaluation
-mode, plain passes in training mode (which measure the statistics of each batch), and hf-datavec's, which measures those
-of all images. Printed are the ratios within a round: median, minimum and maximum. Needs the extra `demo`.
+Random images in memory, one thread, round by round: plain passes in evaluation mode, plain passes in training mode
+(which measure the statistics of each batch), and hf-datavec's, which measures those of all images. First as programs: a
+process for each, of which only hf-datavec's is tuned as its command line is (`threads.tune_process`); after a round to
+warm up, the processor seconds of the next. Then all three in turn in one process that is tuned, so that memory costs
+all of them alike. Printed are ratios within a round: median, minimum and maximum. Needs the extra `demo`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +26,10 @@ import torch
 from hf_datavec import models
 from hf_datavec.recalibrate.lockstep import Pictures, observe
 from hf_datavec.samples import write_network
+from hf_datavec.threads import tune_process
+
+HERE = "hf-datavec"
+MODES = ("evaluation mode", "training mode", HERE)
 
 
 def efficientnet(folder: Path) -> models.Network:
@@ -58,11 +66,27 @@ def passes(network: models.Network, batches: tuple[torch.Tensor, ...], *, traini
     network.module.eval()
 
 
-def compare(network: models.Network, pictures: Pictures, batches: tuple[torch.Tensor, ...]) -> tuple[float, float]:
-    """The time of measuring over those of plain passes in evaluation and in training mode."""
-    plain = [seconds(lambda mode=mode: passes(network, batches, training=mode)) for mode in (False, True)]
-    ours = seconds(lambda: observe(network, pictures))
-    return ours / plain[0], ours / plain[1]
+def timed(mode: str, network: models.Network, pictures: Pictures, batches: tuple[torch.Tensor, ...]) -> float:
+    """Processor seconds of one of `MODES`."""
+    if mode == HERE:
+        return seconds(lambda: observe(network, pictures))
+    return seconds(lambda: passes(network, batches, training=mode != MODES[0]))
+
+
+def as_programs(chosen: argparse.Namespace, name: str) -> list[float]:
+    """The same of all modes, each by a process of its own."""
+    options = [f"--{key}={getattr(chosen, key)}" for key in ("images", "side")] + [f"--batch-size={chosen.batch_size}"]
+    found = []
+    for mode in MODES:
+        command = [sys.executable, __file__, *options, "--only", mode, name]
+        found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return found
+
+
+def told(rounds: list[list[float]]) -> str:
+    """The ratios of hf-datavec to the others."""
+    ratios = [[one[2] / one[place] for one in rounds] for place in range(2)]
+    return " | ".join(f"{statistics.median(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in ratios)
 
 
 def main() -> None:
@@ -72,21 +96,30 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128, help="pixels")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs=2, metavar=("MODE", "NETWORK"), help="print the seconds of one, and end")
     chosen = parser.parse_args()
+    if not chosen.only or chosen.only[0] == HERE:
+        tune_process()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(chosen.images, 3, chosen.side, chosen.side)
     batches = images.split(chosen.batch_size)
     pictures = Pictures(len(images), lambda places: images[list(places)], chosen.batch_size)
-    print("| network | to evaluation mode | to training mode |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as place:
-        for name, make in (("EfficientNet-Lite0", efficientnet), ("ResNet-18", resnet)):
+        if chosen.only:
+            network = NETWORKS[chosen.only[1]](Path(place))
+            print([timed(chosen.only[0], network, pictures, batches) for _ in range(2)][1])
+            return
+        print("| network | as programs: to evaluation mode | to training mode | ", end="")
+        print("in one process: to evaluation mode | to training mode |\n" + "| --- " * 5 + "|")
+        for name, make in NETWORKS.items():
+            programs = [as_programs(chosen, name) for _ in range(chosen.rounds)]
             network = make(Path(place))
-            found = [compare(network, pictures, batches) for _ in range(chosen.rounds + 1)]
-            ratios = zip(*found[1:], strict=True)  # the first round warms up
-            cells = [f"{statistics.median(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in ratios]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            inside = [[timed(mode, network, pictures, batches) for mode in MODES] for _ in range(chosen.rounds + 1)]
+            print(f"| {name} | {told(programs)} | {told(inside[1:])} |", flush=True)
 
+
+NETWORKS: dict[str, Callable[[Path], models.Network]] = {"EfficientNet-Lite0": efficientnet, "ResNet-18": resnet}
 
 if __name__ == "__main__":
     main()

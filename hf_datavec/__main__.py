@@ -8,11 +8,13 @@ import sys
 from typing import NoReturn
 
 from hf_datavec.cli import main, signals
+from hf_datavec.threads import tune_process
 
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     signals.listen()
+    tune_process()
     code = main()
     for stream in (sys.stdout, sys.stderr):
         try:

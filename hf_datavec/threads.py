@@ -27,9 +27,9 @@ MOST_BYTES = 128 * 2**20
 AHEAD = 3
 # How long a thread may keep the interpreter from one that has only little to ask of it: a tenth of what Python says.
 SWITCH_SECONDS = 0.0005
-# Of mallopt(3): what is freed is kept for the next tensors up to these sizes, and not given back and asked for again,
-# which costs more than adding them up.
-KEPT_BYTES = {-1: 256 * 2**20, -3: 32 * 2**20}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+# Of mallopt(3): what is freed is kept for the next tensors, up to a GiB, and not given back and asked for again, which
+# costs as much as a network's own arithmetic: M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX, one memory for all threads.
+KEPT = {-1: 2**30, -4: 0, -8: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,10 @@ def without_collection() -> Iterator[None]:
 
 
 def tune_process() -> None:
-    """Make a process that merges faster; for programs, since it changes all of the process.
+    """Make a process that computes faster; for programs, since it changes all of the process.
 
     Threads that hash hand the interpreter over sooner, numpy's products use the thread that asks for them, and glibc
-    keeps freed memory; other C libraries do as they do.
+    keeps freed memory, of any size, for all threads; other C libraries do as they do.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
@@ -76,7 +76,7 @@ def tune_process() -> None:
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in KEPT_BYTES.items():
+        for option, value in KEPT.items():
             mallopt(option, value)
 
 

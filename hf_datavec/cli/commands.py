@@ -72,9 +72,7 @@ def diff(options: Namespace) -> None:
     from hf_datavec.errors import InputError
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
-    from hf_datavec.threads import tune_process
 
-    tune_process()
     if bool(options.second_moments) != bool(options.images):
         raise InputError("--with and --images belong together", hint="for example --with fisher,gram --images ./ours")
     observed = None
@@ -146,9 +144,8 @@ def plan(options: Namespace) -> None:
 
 
 def merge(options: Namespace) -> None:
-    from hf_datavec.threads import tune_process, without_collection
+    from hf_datavec.threads import without_collection
 
-    tune_process()
     with without_collection():
         from hf_datavec.cli.shown import evaluation_table, search_table
         from hf_datavec.pipeline import coordinator
