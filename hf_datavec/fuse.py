@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,10 +23,14 @@ from hf_datavec.vector import Combination, refuse_nonfinite, rows_by_label
 from hf_datavec.writing import in_file_order
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from hf_datavec.geometry import Products
     from hf_datavec.writing import Values
+
+    Array = NDArray[np.generic]
 
     # A tensor's name, some of its values, and the inner products (n, n) of the vectors that they were made of.
     Piece = tuple[str, Values, Products | None]
@@ -68,16 +72,18 @@ def pieces(
     device: torch.device | str = "cpu",
     gram: Gram | None = None,
     survey: Survey | None = None,
+    into: Mapping[str, Array] | None = None,
 ) -> Iterator[tuple[str, Values]]:
     """The same as `run`, but flat, and of a large tensor several pieces in a row: none is in memory as a whole.
 
     Threads make pieces ahead, so that the next are computed while one is written. What is nothing but a sum is made
-    by numpy, without torch.
+    by numpy, without torch. A tensor that `into` has room for, flat and in its type, may be made there; its pieces are
+    then that room itself.
     """
     survey, ordered = survey or surveys.take(plan), _ordered(plan, only)
     by_torch = not sums.suffice(plan, device)
-    make = _tasks if by_torch else _sums
-    tasks = (task for step in ordered for task in make(plan, step, survey, device))
+    make, rooms = _tasks if by_torch else _sums, into or {}
+    tasks = (task for step in ordered for task in make(plan, step, survey, device, rooms.get(step.name)))
     threads = copies.THREADS if copies.is_gpu(device) else None if str(device) == "cpu" else 1
     for name, piece, seen in in_order(tasks, threads=threads, by_torch=by_torch):
         if gram is not None and seen is not None:
@@ -91,7 +97,7 @@ def sums_in_a_row(
     """The same pieces of a plan that is nothing but sums, each made when it is asked for; `watch` sees what is
     summed."""
     for step in _ordered(plan, only):
-        for task in _sums(plan, step, survey, "cpu", watch):
+        for task in _sums(plan, step, survey, "cpu", watch=watch):
             name, piece, seen = task.compute()
             if seen is not None:
                 gram.include(seen)
@@ -104,7 +110,9 @@ def _ordered(plan: Plan, only: Collection[str] | None) -> list[Step]:
     return [steps[record.name] for record in in_file_order(step.record for step in steps.values())]
 
 
-def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -> Iterator[Task[Piece]]:
+def _tasks(
+    plan: Plan, step: Step, survey: Survey, device: torch.device | str, into: Array | None
+) -> Iterator[Task[Piece]]:
     """What has to be computed for one tensor, piece by piece."""
     count, length = len(plan.contributions), math.prod(step.record.shape)
     if not step.is_merged:
@@ -115,26 +123,32 @@ def _tasks(plan: Plan, step: Step, survey: Survey, device: torch.device | str) -
         yield Task(partial(_fused_head, plan, step, sites, device), step.peak_bytes(count))
         return
     if step.is_whole:
-        yield Task(partial(_measured, plan, step, sites, device), step.peak_bytes(count))
+        yield Task(partial(_measured, plan, step, sites, device, into), step.peak_bytes(count))
         return
     combine = ready(step.method, step.options, (), sites, key=step.name, seed=plan.recipe.merge.seed)
-    combining = _Combining(plan, step, sites, device, combine)
+    combining = _Combining(plan, step, sites, device, combine, into)
     for start in range(0, max(1, length), PIECE):
         where = range(start, min(start + PIECE, length))
         yield Task(partial(combining.piece, where), step.peak_bytes(count))
 
 
 def _sums(
-    plan: Plan, step: Step, survey: Survey, device: torch.device | str, watch: sums.Watch | None = None
+    plan: Plan,
+    step: Step,
+    survey: Survey,
+    device: torch.device | str,
+    into: Array | None = None,
+    *,
+    watch: sums.Watch | None = None,
 ) -> Iterator[Task[Piece]]:
     """The same for a tensor that is a sum, in the same pieces."""
     sites = survey.sites(plan, step)
     for number, where in enumerate(sums.ranges(step, PIECE)):
 
         def compute(number: int = number, where: range = where) -> Piece:
-            found = sums.piece(plan, step, sites, where, watch)
+            found = sums.piece(plan, step, sites, where, into, watch=watch)
             # What is not finite is told by those who make all other methods.
-            return found or next(itertools.islice(_tasks(plan, step, survey, device), number, None)).compute()
+            return found or next(itertools.islice(_tasks(plan, step, survey, device, into), number, None)).compute()
 
         yield Task(compute, step.peak_bytes(len(plan.contributions)))
 
@@ -151,13 +165,13 @@ def _kept(plan: Plan, step: Step) -> Piece:
     return step.name, tensor.reshape(-1), None
 
 
-def _measured(plan: Plan, step: Step, sites: Sites, device: torch.device | str) -> Piece:
+def _measured(plan: Plan, step: Step, sites: Sites, device: torch.device | str, into: Array | None) -> Piece:
     """A tensor whose method looks at all of it, at once or before it combines slices."""
     rows = [one.source.read(step.name) for one in plan.contributions]
     for one, row in zip(plan.contributions, rows, strict=True):
         refuse_nonfinite(row, step.name, one.name)
     combine = ready(step.method, step.options, rows, sites, key=step.name, seed=plan.recipe.merge.seed)
-    return _Combining(plan, step, sites, device, combine).piece(range(math.prod(step.record.shape)))
+    return _Combining(plan, step, sites, device, combine, into).piece(range(math.prod(step.record.shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +183,7 @@ class _Combining:
     sites: Sites
     device: torch.device | str
     combine: Combine
+    into: Array | None
 
     def piece(self, where: range) -> Piece:
         """Base plus scaled combination in float64, so that the cast to the result's type is the only rounding."""
@@ -179,7 +194,10 @@ class _Combining:
         import torch
 
         step, count = self.step, len(self.plan.contributions)
-        result = torch.empty(len(where), dtype=getattr(torch, TORCH_NAMES[step.record.dtype]), device=self.device)
+        if self.into is None:
+            result = torch.empty(len(where), dtype=getattr(torch, TORCH_NAMES[step.record.dtype]), device=self.device)
+        else:
+            result = torch.from_numpy(self.into[where.start : where.stop])
         seen = torch.zeros(count, count, dtype=torch.float64, device=self.device)
         # A search's combination was found finite when it was made, and a trial should cost little.
         measured = not any(isinstance(one.source, Combination) for one in self.plan.contributions)

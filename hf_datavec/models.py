@@ -64,17 +64,40 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Network:
     return Network(module, checkpoint.labels, preprocess(checkpoint))
 
 
-def load_module(checkpoint: Checkpoint, places: Mapping[str, int | str] | None = None) -> Any:
-    """The bare module of a checkpoint, its parts in the places that `offloading.places` found. Raises as `load`."""
+def made_of(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str) -> Network:
+    """The network that a checkpoint's configuration describes, made of float32 tensors by their names in its files.
+
+    What already lies on the device in the order that the network wants is taken as it is, without a copy. No file of
+    tensors is looked at, and none needs to be there. Raises as `load`.
+    """
+    import torch
+
+    module = load_module(checkpoint, tensors=tensors).to(device, memory_format=torch.channels_last).eval()
+    return Network(module, checkpoint.labels, preprocess(checkpoint))
+
+
+def load_module(
+    checkpoint: Checkpoint,
+    places: Mapping[str, int | str] | None = None,
+    *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Any:
+    """The bare module of a checkpoint, its parts in the places that `offloading.places` found. Raises as `load`.
+
+    With `tensors` it is made of these instead of the checkpoint's.
+    """
     import torch
     from transformers import AutoModelForImageClassification
 
     quiet_transformers()
     try:
         config = offloading.config(checkpoint)
-        module, info = AutoModelForImageClassification.from_pretrained(
-            checkpoint.folder, config=config, output_loading_info=True, dtype=torch.float32, local_files_only=True,
+        kind = AutoModelForImageClassification if tensors is None else _kind(config)
+        module, info = kind.from_pretrained(
+            checkpoint.folder if tensors is None else None,
+            config=config, output_loading_info=True, dtype=torch.float32, local_files_only=True,
             **({"device_map": dict(places)} if places else {}),
+            **({} if tensors is None else {"state_dict": dict(tensors)}),
         )  # fmt: skip
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -90,6 +113,27 @@ def load_module(checkpoint: Checkpoint, places: Mapping[str, int | str] | None =
                 hint="its tensors and its config.json belong to different networks",
             )
     return module
+
+
+def _kind(config: Any) -> Any:
+    """The class of the networks of a configuration, which alone takes tensors that are in no file."""
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    with torch.device("meta"):  # shapes without values
+        return type(AutoModelForImageClassification.from_config(config))
+
+
+def import_libraries(checkpoint: Checkpoint) -> None:
+    """Import what loading a checkpoint takes, much of which depends on the kind of its network. Raises what that does.
+
+    It may run beside other work: it changes nothing that this might see, such as torch's default type.
+    """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    quiet_transformers()
+    preprocess(checkpoint)
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(offloading.config(checkpoint))]
 
 
 def preprocess(checkpoint: Checkpoint) -> Callable[[Image], torch.Tensor]:

@@ -87,20 +87,23 @@ def ranges(step: Step, size: int) -> Iterator[range]:
         yield range(start, min(start + size, length))
 
 
-def piece(plan: Plan, step: Step, sites: Sites, where: range, watch: Watch | None = None) -> Piece | None:
+def piece(
+    plan: Plan, step: Step, sites: Sites, where: range, into: Array | None = None, *, watch: Watch | None = None
+) -> Piece | None:
     """Base plus scaled sum in float64, so that the cast to the result's type is the only rounding.
 
-    `watch` sees what is summed while it is near the core.
-
-    None when a value is not finite, for somebody else to tell why.
+    It is made in its place of the tensor's values (d,) in `into`, if they are given. `watch` sees what is summed while
+    it is near the core. None when a value is not finite, for somebody else to tell why.
     """
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        return _piece(plan, step, sites, where, watch)
+        return _piece(plan, step, sites, where, into, watch=watch)
 
 
-def _piece(plan: Plan, step: Step, sites: Sites, where: range, watch: Watch | None) -> Piece | None:
+def _piece(
+    plan: Plan, step: Step, sites: Sites, where: range, into: Array | None, *, watch: Watch | None
+) -> Piece | None:
     import numpy as np
 
     assert isinstance(plan.base.tensors, KNOWN)  # else they do not suffice
@@ -112,9 +115,10 @@ def _piece(plan: Plan, step: Step, sites: Sites, where: range, watch: Watch | No
     options = step.method.chosen(step.options)
     if step.method.ranks is not None:
         options["thresholds"] = sites.thresholds
-    # Heads are not counted, and neither is what a search has combined already.
-    counting = step.role is not Role.HEAD and not any(isinstance(one.source, Combination) for one in plan.contributions)
-    seen, result = _Seen(len(parts), len(where)), np.empty(len(where), dtype)
+    # What a search has combined was looked at when it was made; heads are looked at, but not counted.
+    known = any(isinstance(one.source, Combination) for one in plan.contributions)
+    seen = _Seen(len(parts), len(where))
+    result = np.empty(len(where), dtype) if into is None else into[where.start : where.stop]
     length = slice_length(len(parts))
     room = np.empty((2, min(length, len(where))))
     for start in range(where.start, where.stop, length):
@@ -128,14 +132,14 @@ def _piece(plan: Plan, step: Step, sites: Sites, where: range, watch: Watch | No
             ]
         total = combine(step.method, rows, sites.weights, options, room[:, : here.stop - start])
         if step.scale != 1:
-            np.multiply(total, step.scale, out=total)
+            total = np.multiply(total, step.scale, out=room[0, : here.stop - start])
         values = result[start - where.start : here.stop - where.start]
         spare = room[1, : here.stop - start]
         values[...] = np.add(total, _wide(base[here], spare), out=spare)
         # A method that leaves values out may leave out the one that is not finite.
-        if not (_is_finite(values) and seen.include(rows, all_finite=bool(step.method.rows))):
+        if not (_is_finite(values) and (known or seen.include(rows, all_finite=bool(step.method.rows)))):
             return None
-    return step.name, result, seen.products if counting else None
+    return step.name, result, None if known or step.role is Role.HEAD else seen.products
 
 
 class _Seen:
@@ -185,13 +189,21 @@ def combine(
     options: Mapping[str, Any],
     room: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The combination (d,) of the sites' rows (d,) by a method that is a sum, in float64; `room` (2, d) holds it."""
+    """The combination (d,) of the sites' rows (d,) by a method that is a sum, in float64.
+
+    It is the only row itself, where that is all; else `room` (2, d) holds it.
+    """
+    import numpy as np
+
     if method.rows is not None:
         rows = method.rows(rows, **options)
         weights = [1.0] * len(rows)
     assert method.factors is not None
+    factors = method.factors(weights, **method.chosen(options))
+    if len(rows) == 1 and rows[0].dtype == np.float64 and factors.each[0] == factors.divisor == 1:
+        return rows[0].astype(np.float64, copy=False)
     total: NDArray[np.float64] = room[0]
-    _add(rows, method.factors(weights, **method.chosen(options)), total, room[1])
+    _add(rows, factors, total, room[1])
     return total
 
 

@@ -44,12 +44,23 @@ def import_ahead(*modules: str) -> None:
     """Import large libraries beside other work, such as reading files, that does not need them yet."""
 
     def load() -> None:
-        # Who needs the module meets its error, too, and tells it.
-        with without_collection(), contextlib.suppress(ImportError):
-            for module in modules:
-                importlib.import_module(module)
+        for module in modules:
+            importlib.import_module(module)
 
-    Thread(target=load, name="imports").start()
+    load_ahead(load)
+
+
+def load_ahead(load: Callable[[], object]) -> Thread:
+    """The same for what a function imports; returns the thread that does it."""
+
+    def quietly() -> None:
+        # Who needs what is loaded meets its error, too, and tells it.
+        with without_collection(), contextlib.suppress(Exception):
+            load()
+
+    thread = Thread(target=quietly, name="imports")
+    thread.start()
+    return thread
 
 
 @contextlib.contextmanager

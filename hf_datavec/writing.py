@@ -73,21 +73,27 @@ def lay_out(path: Path, layout: Iterable[Record], *, keep: bool = False, reserve
 
 
 def write_into(
-    path: Path, records: Sequence[Record], stream: Iterator[tuple[str, Values]], *, cached: bool = True
+    path: Path,
+    records: Sequence[Record],
+    stream: Iterator[tuple[str, Values]],
+    *,
+    cached: bool = True,
+    hashed: bool = True,
 ) -> list[tuple[Record, str]]:
     """Write the next tensors of a stream, as in `write_file`, to their places in a file that `lay_out` made.
 
-    `records` are neighbours in the file. Returns each with the hash of its bytes.
+    `records` are neighbours in the file. Returns each with the hash of its bytes, empty if they are not to be `hashed`.
     """
     written: list[tuple[Record, str]] = []
     try:
         with uncached.appending(path, records[0].start if records else 0, cached=cached) as handle:
             for record in records:
-                hashed = blake3()
+                whole = blake3() if hashed else None
                 for content in _contents(stream, record):
                     handle.write(content)
-                    hashed.update(content)
-                written.append((record, hashed.hexdigest()))
+                    if whole is not None:
+                        whole.update(content)
+                written.append((record, whole.hexdigest() if whole is not None else ""))
     except OSError as error:
         raise RunError(f"cannot write '{path}': {error.strerror}") from None
     return written

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import LABELS, NETWORKS, digest, make_images, make_network, make_vector, save_with, tune, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_datavec import evaluate, models, vector
+from hf_datavec import evaluate, fuse, models, vector
+from hf_datavec.checkpoint import Role, open_checkpoint
+from hf_datavec.errors import InputError
 from hf_datavec.metrics import Estimate
 from hf_datavec.models import load
 from hf_datavec.pipeline import weights
+from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.search import Search, Trial, over_weights, rank
 
 WEIGHTS = "model.safetensors"
@@ -132,7 +137,7 @@ def test_each_vector_is_read_once_whatever_the_number_of_values(searching, run, 
     assert {site for site, _ in reads} == {"site-a", "site-b"}
 
 
-def test_a_search_loads_one_network_and_writes_weights_twice(searching, run, monkeypatch):
+def test_a_search_builds_one_network_and_writes_weights_once(searching, run, monkeypatch):
     done: Counter[str] = Counter()
 
     def counted(module, name):
@@ -145,9 +150,52 @@ def test_a_search_loads_one_network_and_writes_weights_twice(searching, run, mon
         monkeypatch.setattr(module, name, call)
 
     counted(models, "load")
+    counted(models, "made_of")
     counted(weights, "write")
     assert run("merge", scale_recipe(searching)).code == 0
-    assert done == {"load": 1, "write": 2}  # of the first trial, and what is kept
+    assert done == {"made_of": 1, "write": 1}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_made_of_tensors_in_memory_is_the_one_that_is_loaded(kind, tmp_path):
+    checkpoint = open_checkpoint(make_network(kind, tmp_path / "base"))
+    loaded = models.load(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / WEIGHTS)
+    (tmp_path / "base" / WEIGHTS).unlink()
+    made = models.made_of(checkpoint, tensors, device="cpu")
+    found, expected = made.module.state_dict(), loaded.module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(found[name].stride() == expected[name].stride() for name in expected)
+    assert made.labels == loaded.labels
+    # What has its order already is not copied.
+    places = {tensor.data_ptr() for tensor in tensors.values()}
+    biases = [tensor for name, tensor in found.items() if name.endswith("bias")]
+    assert all(tensor.data_ptr() in places for tensor in biases)
+
+
+def test_a_network_of_which_a_tensor_is_missing_is_not_made(tmp_path):
+    checkpoint = open_checkpoint(make_network("vit", tmp_path / "base"))
+    tensors = load_file(tmp_path / "base" / WEIGHTS)
+    tensors.pop("classifier.bias")
+    with pytest.raises(InputError, match=r"does not load whole: missing keys 'classifier\.bias'"):
+        models.made_of(checkpoint, tensors, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["sum", "median", "iso_c", "geometric_median"])
+def test_tensors_are_made_in_the_room_that_is_given_with_the_same_bits(name, searching):
+    recipe = scale_recipe(searching, merge={"method": name, "scale": 0.7})
+    plan = prepare(recipe).plan
+    expected = dict(fuse.run(plan))
+    rooms = {step.name: np.full(math.prod(step.record.shape), np.nan, np.float32) for step in plan.steps
+             if step.role is Role.WEIGHT}  # fmt: skip
+    inside = set()
+    for found, piece in fuse.pieces(plan, into=rooms):
+        if found in rooms and np.shares_memory(np.asarray(piece), rooms[found]):
+            inside.add(found)
+    assert inside == rooms.keys()
+    for found, room in rooms.items():
+        assert torch.equal(torch.from_numpy(room), expected[found].reshape(-1)), found
 
 
 STATISTICS = {"recalibrate": {"mode": "statistics", "images": "./images", "count": 12}}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_datavec import evaluate as evaluation
-from hf_datavec import processes, variants
+from hf_datavec import models, processes, variants
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import DatavecError, InputError
 from hf_datavec.evaluate import Evaluation
@@ -20,6 +21,7 @@ from hf_datavec.progress import progress
 from hf_datavec.recipe import Measured, Merge, Override, ScaleSearch, WeightSearch
 from hf_datavec.search import Search, Trial, Weights, over_weights
 from hf_datavec.tensors import open_file
+from hf_datavec.threads import load_ahead
 from hf_datavec.vector import Combination, Nothing
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,9 @@ class Chooser:
         """
         wanted = plan.recipe.merge.searched
         if isinstance(wanted, ScaleSearch):
+            loading = load_ahead(lambda: _import_libraries(plan))
             combined = _combined(plan, self.tried.folder / COMBINATION, self.tried.device, gram)
+            loading.join()  # two threads that import parts of one library may meet what is half made
             values = progress(wanted.search, text="search", total=len(wanted.search), unit="scale")
             trials = [
                 self._trial(wanted, float(value), variants.scaled(plan, value), variants.scaled(combined, value))
@@ -108,6 +112,12 @@ class Chooser:
         return search
 
 
+def _import_libraries(plan: Plan) -> None:
+    """Import what trials need, which takes longer than combining some vectors does."""
+    models.import_libraries(plan.base)
+    importlib.import_module("evaluate")
+
+
 def clear(folder: Path) -> None:
     """Remove the combination that a search left in a folder."""
     (folder / COMBINATION).unlink(missing_ok=True)
@@ -127,7 +137,7 @@ def _combined(plan: Plan, path: Path, device: str, gram: Gram) -> Plan:
         base=nothing,
         steps=tuple(replace(step, record=record, scale=1.0) for step, record in zip(steps, layout, strict=True)),
     )
-    weights.write_files(bare, {path: layout}, device, gram)
+    weights.write_files(bare, {path: layout}, device, gram, hashed=False)
     source = Combination(plan.labels, open_file(path))
     whole = Contribution("combination", plan.base_fetched, source, 1.0, "")
     overrides = tuple(Override(tensors=one.tensors, scale=one.scale) for one in plan.recipe.merge.overrides)

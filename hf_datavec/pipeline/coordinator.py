@@ -179,7 +179,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
             plan = replace(plan, coefficients=adapted.learned.coefficients)
         choice = Choice(plan, plan)
         if images.labelled is not None:
-            tried = Tried(folder, make, restored, place)
+            tried = Tried(folder, plan, make, restored, place)
             choice = Chooser(images.labelled, tried).choose(plan, gram)
         prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.

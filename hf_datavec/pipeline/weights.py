@@ -81,9 +81,11 @@ def write_files(
     ledger: Ledger | None = None,
     cached: bool = True,
     meanwhile: Callable[[], None] = _nothing,
+    hashed: bool = True,
 ) -> list[tuple[Record, str]]:
     """Write what a plan makes into files; returns each record with the hash of its bytes, the same in every process.
 
+    What nobody else will see need not be `hashed`: its hashes are empty then.
     Files and parts are laid out before it is decided who writes what, and what is summed is summed part by part, so
     that no byte depends on the number of processes.
     """
@@ -102,7 +104,7 @@ def write_files(
     if alone:
         written = _written_apart(mine, ledger, apart.Making(plan, survey, cached), meanwhile)
     else:
-        written = _written(mine, ledger, _fusing(plan, device, survey), cached=cached)
+        written = _written(mine, ledger, _fusing(plan, device, survey), cached=cached, hashed=hashed)
         meanwhile()
     done = processes.together(lambda: dict(written))
     found |= dict(processes.gathered(list(done.items())))
@@ -166,7 +168,7 @@ def _written_apart(
 
 
 def _written(
-    mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing, *, cached: bool
+    mine: Sequence[Part], ledger: Ledger | None, fusing: Fusing, *, cached: bool, hashed: bool
 ) -> Iterator[tuple[int, Finished]]:
     with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell, flushing() as flush:
         for _, group in groupby(mine, key=lambda part: part.file):
@@ -175,7 +177,7 @@ def _written(
             # One stream for all parts of a file: threads work ahead, also beyond the end of a part.
             stream = _telling(fusing(names, seen), tell)
             for part in parts:
-                pairs = writing.write_into(part.file, part.records, stream, cached=cached)
+                pairs = writing.write_into(part.file, part.records, stream, cached=cached, hashed=hashed)
                 finished = Finished(tuple(one for _, one in pairs), seen.taken())
                 if ledger is not None:  # else it is a trial, which no disk needs to hold
                     if cached:
@@ -200,7 +202,7 @@ def refuse_too_large(plan: Plan, output: Path, there: Path) -> None:
     """Raise RunError when the disk of `output` has no room for the merge; what lies in `there` is used again."""
     needed = plan.write_bytes + BESIDE
     if plan.recipe.merge.searched:
-        # A search keeps the combination in float64 beside the weights, and replaces these while they are mapped.
+        # A search keeps the combination in float64 beside the weights, and may replace these while they are mapped.
         needed += plan.write_bytes + sum(8 * _values(step.record) for step in plan.steps if step.is_merged)
     held = sum(path.stat().st_blocks * 512 for path in there.glob("*.safetensors")) if there.is_dir() else 0
     place = output.absolute().parent
