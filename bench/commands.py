@@ -24,13 +24,16 @@ VECTORS, PLANNED = 4, 8
 SCALES = [number / 10 for number in range(1, 11)]
 MERGES = 2  # that a search may cost beside its evaluations
 SEARCH, EVALUATIONS = f"search over {len(SCALES)} scales", f"{len(SCALES)} evaluations"
-# What any search must do: start, load one network, evaluate it once for every value.
+# What any search must do: start, load one network, evaluate it once for every value; in a process that is tuned as the
+# command line is.
 EVALUATING = """
 import sys
 from pathlib import Path
 from hf_datavec import hub, models
 from hf_datavec.evaluate import evaluate_network
 from hf_datavec.images import open_images
+from hf_datavec.threads import tune_process
+tune_process()
 network, images = models.load(Path(sys.argv[1])), open_images(hub.parse(sys.argv[2]))
 for _ in range(int(sys.argv[3])):
     evaluate_network(network, images, batch_size=64)
