@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from hf_datavec.errors import RunError
+from hf_datavec.errors import DatavecError, RunError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,9 +24,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def possible() -> bool:
-    """Whether this process can be copied: it has no other thread, which a copy would lack in the midst of its work,
-    and no torch, which has threads of its own."""
-    return sys.platform == "linux" and threading.active_count() == 1 and "torch" not in sys.modules
+    """Whether this process can be copied: it may have children, and has no other thread of Python, which a copy would
+    lack in the midst of its work, and no torch, which has threads of its own."""
+    alone = threading.active_count() == 1 and "torch" not in sys.modules
+    return sys.platform == "linux" and alone and not multiprocessing.current_process().daemon
 
 
 @contextlib.contextmanager
@@ -37,7 +39,7 @@ def working(
     The copies exist when the block begins, and have ended when it ends; they know all that this process knows, and
     their results must be picklable. With one process, or one item, no copy is made.
 
-    Raises: the first error of the work; RunError when a copy has been killed.
+    Raises: the error of the work that is met first; RunError when a copy has been killed.
     """
     if processes <= 1 or len(items) <= 1:
         yield ((item, work(item)) for item in items)
@@ -60,19 +62,27 @@ def working(
 
 def _results(items: Sequence[Item], workers: dict[Connection, BaseProcess]) -> Iterator[tuple[Item, Any]]:
     places = iter(range(len(items)))
-    for connection, place in zip(workers, places, strict=False):
-        connection.send(place)
+    for connection in workers:
+        with _noticing(workers[connection]):
+            connection.send(next(places))
     for _ in items:
         connection = next(one for one in wait(list(workers)) if isinstance(one, Connection))
-        try:
+        with _noticing(workers[connection]):
             done, result, error = connection.recv()
-        except (EOFError, ConnectionResetError):
-            raise RunError(f"a process of this run was ended: {_how(workers[connection])}") from None
+            if error is None and (following := next(places, None)) is not None:
+                connection.send(following)
         if error is not None:
             raise error
-        with contextlib.suppress(StopIteration):
-            connection.send(next(places))
         yield items[done], result
+
+
+@contextlib.contextmanager
+def _noticing(process: BaseProcess) -> Iterator[None]:
+    """Say so when a copy turns out to be gone."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise RunError(f"a process of this run was ended: {_how(process)}") from None
 
 
 def _how(process: BaseProcess) -> str:
@@ -92,8 +102,10 @@ def _work(work: Callable[[Any], Any], items: Sequence[Any], connection: Connecti
         place = connection.recv()
         try:
             told: tuple[int, Any, Exception | None] = (place, work(items[place]), None)
-        except Exception as error:  # noqa: BLE001 - raised again by the parent
+        except (DatavecError, OSError) as error:
             told = (place, None, error)
+        except Exception:  # noqa: BLE001 - a mistake of ours, which may not survive being sent
+            told = (place, None, RuntimeError(traceback.format_exc()))
         connection.send(told)
 
 

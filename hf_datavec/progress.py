@@ -8,7 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 from hf_datavec import processes
 
@@ -26,19 +27,26 @@ def wanted() -> bool:
     return sys.stderr.isatty() and not disabled and processes.is_main()
 
 
-def progress(items: Iterable[Item], *, text: str, total: int | None = None, unit: str = "it") -> Iterator[Item]:
-    """The same items, with a bar that says how many are done and how long the rest will take."""
+@cache
+def _bar() -> Any:
+    """tqdm without the thread that watches all bars: beside a thread a process is not copied (`forked`)."""
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=text, total=total, unit=unit, disable=not wanted(), leave=False)
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0
+
+    return Bar
+
+
+def progress(items: Iterable[Item], *, text: str, total: int | None = None, unit: str = "it") -> Iterator[Item]:
+    """The same items, with a bar that says how many are done and how long the rest will take."""
+    yield from _bar()(items, desc=text, total=total, unit=unit, disable=not wanted(), leave=False)
 
 
 @contextlib.contextmanager
 def byte_progress(total: int, *, text: str) -> Iterator[Callable[[int], None]]:
     """A function to tell of bytes that are done: a bar with the rate and the time left, or lines in the log."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=text, unit="B", unit_scale=True, disable=not wanted(), leave=False) as bar:
+    with _bar()(total=total, desc=text, unit="B", unit_scale=True, disable=not wanted(), leave=False) as bar:
         begun = told = time.monotonic()
         done = 0
 

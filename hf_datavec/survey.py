@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from blake3 import blake3
+
 from hf_datavec.checkpoint import Role
 from hf_datavec.combine import Sites, inner_products, site_shares, slice_length
 from hf_datavec.plan import Contribution, Plan, Step
@@ -38,6 +40,12 @@ class Survey:
     factors: tuple[float, ...]
     thresholds: Mapping[Key, tuple[tuple[float, ...], ...]]
     shares: Mapping[Key, tuple[float, ...]]
+
+    @property
+    def digest(self) -> str:
+        """What tells one survey from another."""
+        measured = (self.norms, self.factors, sorted(self.thresholds.items()), sorted(self.shares.items()))
+        return blake3(repr(measured).encode()).hexdigest()
 
     def sites(self, plan: Plan, step: Step) -> Sites:
         """What a method needs to know of the sites for one tensor."""

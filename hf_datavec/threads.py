@@ -78,17 +78,21 @@ def without_collection() -> Iterator[None]:
 def tune_process() -> None:
     """Make a process that computes faster; for programs, since it changes all of the process.
 
-    Threads that hash hand the interpreter over sooner, numpy's products use the thread that asks for them, and glibc
-    keeps freed memory, of any size, for all threads; other C libraries do as they do.
+    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory, of any size, for all threads;
+    other C libraries do as they do.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
     with contextlib.suppress(AttributeError, OSError):
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in KEPT.items():
             mallopt(option, value)
+
+
+def numpy_on_one_thread() -> None:
+    """Let numpy's products use the thread that asks for them; for programs, before numpy is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_torch: bool = True) -> Iterator[Result]:

@@ -20,20 +20,39 @@ from hf_datavec.staging import partial_path
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends copies with their parent")
 
-# `hf-datavec` that makes copies however little there is to do; with --fail it meets a full disk after so many parts.
+# `hf-datavec` that makes copies however little there is to do, or with --threads none. With --fail it meets a full disk
+# after so many parts; with --slowly not before all vectors are verified; with --killed it dies before they can be.
 PROGRAM = """
-import sys
+import os, signal, sys
 from hf_datavec.__main__ import run
-from hf_datavec.pipeline import ledger, weights
+from hf_datavec.pipeline import apart, ledger, weights
+from hf_datavec.vector import TaskVector
 weights.WORTH_COPIES = ledger.WORTH_KEEPING = 0
-if "--fail" in sys.argv:
-    place = sys.argv.index("--fail")
-    left, enter = int(sys.argv[place + 1]), ledger.Ledger.enter
-    del sys.argv[place : place + 2]
-    def enter_some(*arguments):
+def given(option, values=0):
+    if option not in sys.argv:
+        return None
+    place = sys.argv.index(option)
+    found = sys.argv[place : place + 1 + values]
+    del sys.argv[place : place + 1 + values]
+    return found
+if given("--threads"):
+    apart.suits = lambda plan, device: False
+slowly = given("--slowly")
+if given("--killed"):
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+    TaskVector.verify_by = die
+    TaskVector.verify = lambda *_, **__: signal.pause()
+    real = weights.write_files
+    weights.write_files = lambda *some, **more: (real(*some, **more), die())
+if found := given("--fail", 1):
+    left, enter = int(found[1]), ledger.Ledger.enter
+    def enter_some(self, *arguments):
         global left
         left -= 1
-        enter(*arguments)
+        if slowly:
+            self.vectors.wait()
+        enter(self, *arguments)
         if not left:
             raise OSError(28, "No space left on device")
     ledger.Ledger.enter = enter_some
@@ -90,10 +109,73 @@ def test_the_error_of_a_copy_is_the_error_of_the_run():
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9 (9: perhaps out of memory)"),
         ("os.kill(os.getpid(), signal.SIGBUS)", "a file that it read was cut, or its disk is gone"),
         ("os._exit(7)", "exit code 7"),
+        # Between its result and the next piece of work.
+        ("import threading; threading.Timer(0.2, os._exit, [7]).start(); signal.pause()", "exit code 7"),
     ],
 )
 def test_a_copy_that_is_killed_is_told(action, told):
     assert outcome_of(2, action) == [f"RunError a process of this run was ended: {told}", "nobody left"]
+
+
+def test_a_mistake_in_a_copy_is_told_with_its_traceback():
+    program = """
+from hf_datavec import forked
+def work(number):
+    class Odd(Exception):
+        pass
+    raise Odd(lambda: 0)
+try:
+    with forked.working(work, [1, 2], processes=2) as results:
+        list(results)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert "in work" in done.stdout
+    assert "<locals>.Odd" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_copy_that_dies_when_it_is_free_is_told():
+    program = """
+import os, signal, sys, time
+from hf_datavec import forked
+from hf_datavec.errors import RunError
+try:
+    with forked.working(lambda number: os.getpid(), [1, 2, 3, 4], processes=2) as results:
+        time.sleep(0.5)
+        _, pid = next(results)
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.5)
+        print(len(list(results)))
+except RunError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.stdout == "a process of this run was ended: killed by signal 9 (9: perhaps out of memory)\n", (
+        done.stderr
+    )
+
+
+def test_no_copies_are_made_in_a_daemon():
+    program = """
+import multiprocessing
+from hf_datavec import forked
+def tell():
+    print(forked.possible(), flush=True)
+tell()
+process = multiprocessing.get_context("fork").Process(target=tell, daemon=True)
+process.start()
+process.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_no_copies_are_made_beside_threads_or_torch():
@@ -113,6 +195,8 @@ def folder(tmp_path_factory) -> Path:
     for method in ("mean", "ties", "dare_ties", "median"):
         sites = ["./site-0", "./site-1", {"model": "./tuned-2"} if method == "mean" else "./site-2"]
         write_recipe(folder / f"{method}.yaml", base="./base", vectors=sites, merge={"method": method})
+    ranks = {"method": "ties", "options": {"density": 0.3, "scope": "vector"}}
+    write_recipe(folder / "ranks.yaml", base="./base", vectors=["./site-0", "./site-1"], merge=ranks)
     return folder
 
 
@@ -137,11 +221,17 @@ def test_copies_write_what_threads_write(folder, run, monkeypatch, method):
         assert written(folder / f"{method}-{threads}") == written(folder / f"{method}-threads")
 
 
-def altered(folder: Path, value: float) -> bytes:
-    """Another first value in a site's file; returns the right bytes."""
+def altered(folder: Path, value: float, *, all_of_the_last: bool = False) -> bytes:
+    """Another first value in a site's file, or another last tensor; returns the right bytes."""
     file = folder / "site-0" / "vector.safetensors"
     right = file.read_bytes()
     start = 8 + int.from_bytes(right[:8], "little")
+    if all_of_the_last:
+        tensors = json.loads(right[8:start])
+        last = max(one["data_offsets"] for name, one in tensors.items() if name != "__metadata__")
+        count = (last[1] - last[0]) // 4
+        file.write_bytes(right[: start + last[0]] + count * np.float32(value).tobytes() + right[start + last[1] :])
+        return right
     file.write_bytes(right[:start] + np.float32(value).tobytes() + right[start + 4 :])
     return right
 
@@ -175,12 +265,49 @@ def test_parts_of_the_same_vectors_are_kept_and_those_of_others_are_not(folder):
 
     # The first part is made of a vector of which a value is another, and the site sends the right one again.
     right = altered(folder, 1.0)
-    failed = merge(folder, "ties.yaml", "other", "--fail", "3")
+    failed = merge(folder, "median.yaml", "other", "--fail", "3")
     (folder / "site-0" / "vector.safetensors").write_bytes(right)
     assert failed.returncode == 2
-    done = merge(folder, "ties.yaml", "other")
+    done = merge(folder, "median.yaml", "other")
     assert "going on with an interrupted merge: 2 of " in done.stderr
-    assert written(folder / "other") == wanted
+    assert merge(folder, "median.yaml", "median-whole").returncode == 0
+    assert written(folder / "other") == written(folder / "median-whole")
+
+
+def test_parts_that_hang_on_whole_vectors_are_kept_only_with_them(folder):
+    """Ranks over whole vectors change with any of their values, also those of parts that were not reached."""
+    right = altered(folder, 1.0, all_of_the_last=True)
+    failed = merge(folder, "ranks.yaml", "ranks", "--fail", "3")
+    (folder / "site-0" / "vector.safetensors").write_bytes(right)
+    assert failed.returncode == 2
+    done = merge(folder, "ranks.yaml", "ranks")
+    assert done.returncode == 0, done.stderr
+    assert "going on" not in done.stderr
+    assert merge(folder, "ranks.yaml", "ranks-whole").returncode == 0
+    assert written(folder / "ranks") == written(folder / "ranks-whole")
+
+
+@pytest.mark.parametrize("way", ["copies", "threads"])
+def test_what_an_earlier_run_has_verified_vouches_for_no_later_part(folder, way):
+    output, more = f"trusted-{way}", ["--threads"] if way == "threads" else []
+    assert merge(folder, "mean.yaml", output, "--threads", "--slowly", "--fail", "2").returncode == 1
+    right = altered(folder, 1.0, all_of_the_last=True)
+    assert merge(folder, "mean.yaml", output, *more, "--killed").returncode == -signal.SIGKILL
+    (folder / "site-0" / "vector.safetensors").write_bytes(right)
+    done = merge(folder, "mean.yaml", output)
+    assert done.returncode == 0, done.stderr
+    assert "going on with an interrupted merge: " in done.stderr
+    assert merge(folder, "mean.yaml", f"{output}-whole").returncode == 0
+    assert written(folder / output) == written(folder / f"{output}-whole")
+
+
+def test_what_an_earlier_version_has_entered_is_no_obstacle(folder):
+    partial = partial_path(folder / "old")
+    partial.mkdir()
+    (partial / ".merge-key").write_text("another")
+    (partial / ".finished-0.jsonl").write_text('{"part": 0, "hashes": ["x"], "products": null}\n')
+    done = merge(folder, "mean.yaml", "old")
+    assert done.returncode == 0, done.stderr
 
 
 def copies_of(pid: int) -> list[int]:

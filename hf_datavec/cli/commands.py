@@ -72,7 +72,9 @@ def diff(options: Namespace) -> None:
     from hf_datavec.errors import InputError
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
+    from hf_datavec.threads import numpy_on_one_thread
 
+    numpy_on_one_thread()
     if bool(options.second_moments) != bool(options.images):
         raise InputError("--with and --images belong together", hint="for example --with fisher,gram --images ./ours")
     observed = None
@@ -144,8 +146,9 @@ def plan(options: Namespace) -> None:
 
 
 def merge(options: Namespace) -> None:
-    from hf_datavec.threads import without_collection
+    from hf_datavec.threads import numpy_on_one_thread, without_collection
 
+    numpy_on_one_thread()
     with without_collection():
         from hf_datavec.cli.shown import evaluation_table, search_table
         from hf_datavec.pipeline import coordinator

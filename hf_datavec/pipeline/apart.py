@@ -26,7 +26,8 @@ def suits(plan: Plan, device: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """Makes one part after the other, reading every byte of the vectors once."""
+    """Makes one part after the other, reading every byte of the vectors once; what is not `cached` goes past the page
+    cache."""
 
     plan: Plan
     survey: Survey
@@ -38,15 +39,16 @@ class Making:
         names = {record.name for record in part.records}
         stream = fuse.sums_in_a_row(self.plan, names, self.survey, gram, hashing.see)
         pairs = writing.write_into(part.file, part.records, stream, cached=self.cached)
-        return Finished(tuple(one for _, one in pairs), gram.taken(), hashing.found(part))
+        return Finished(tuple(one for _, one in pairs), gram.taken(), hashing.found(part), self.survey.digest)
 
 
-def kept(plan: Plan, part: Part, claimed: Finished) -> Finished | None:
+def kept(plan: Plan, survey: Survey, part: Part, claimed: Finished) -> Finished | None:
     """A part as an earlier run has entered it, if its bytes are in its file and the vectors are what they were."""
     if not verified(part, claimed):
         return None
     found = _Hashing(plan).found(part)
-    return replace(claimed, vectors=found) if claimed.vectors in (None, found) else None
+    same = claimed.vectors == found and claimed.survey == survey.digest
+    return replace(claimed, vectors=found, survey=survey.digest) if claimed.trusted or same else None
 
 
 def hashes(parts: Sequence[Finished]) -> list[Mapping[str, str]]:

@@ -49,8 +49,12 @@ class Finished:
 
     hashes: tuple[str, ...]
     products: list[list[float]] | None
-    # Of each task vector the hashes of what it has of the part's tensors, by name; None where nobody took them.
+    # Of each task vector the hashes of what it has of the part's tensors, by name, and the digest of what was measured
+    # of whole vectors before; None where nobody took them.
     vectors: tuple[dict[str, str], ...] | None = None
+    survey: str | None = None
+    # Whether all vectors were verified in the run that made it.
+    trusted: bool = False
 
 
 def parts_of(files: Mapping[Path, Sequence[Record]]) -> list[Part]:
@@ -100,37 +104,43 @@ class Ledger:
     key: str
     vectors: Verification
 
-    def begin(self) -> None:
-        """Forget what another merge has entered."""
+    def begin(self, kept: Mapping[int, Finished]) -> None:
+        """Forget what earlier runs have entered but for the parts that are gone on with.
+
+        What they said of their vectors holds for no part that this run makes.
+        """
         forget(self.folder)
         (self.folder / KEY_FILE).write_text(self.key, "utf-8")
+        for number, finished in kept.items():
+            self._note(number, finished)
 
     def claimed(self) -> dict[int, Finished]:
-        """What earlier runs of this very merge have entered, by the number of the part; to be verified.
-
-        Parts of vectors that were not verified are left out, unless it is known what they were made of.
-        """
+        """What earlier runs of this very merge have entered, by the number of the part; to be verified."""
         if not self._says(KEY_FILE):
             return {}
         trusted = self._says(TRUSTED_FILE)
-        entries = (entry for entry in _entries(self.folder) if trusted or entry["vectors"] is not None)
-        return {
-            entry["part"]: Finished(
-                tuple(entry["hashes"]), entry["products"], None if trusted else tuple(entry["vectors"])
-            )
-            for entry in entries
-        }
+        found = {}
+        for entry in _entries(self.folder):
+            vectors = entry.get("vectors")
+            found[entry["part"]] = Finished(
+                tuple(entry["hashes"]), entry["products"], None if vectors is None else tuple(vectors),
+                entry.get("survey"), trusted or entry.get("trusted", False),
+            )  # fmt: skip
+        return found
 
     def _says(self, note: str) -> bool:
         return (self.folder / note).is_file() and (self.folder / note).read_text("utf-8") == self.key
 
     def enter(self, part: Part, finished: Finished) -> None:
         """Remember a part whose bytes are in its file."""
-        entry = {"part": part.number, **asdict(finished)}
-        with open(self.folder / f".finished-{processes.index()}.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(entry) + "\n")
+        self._note(part.number, finished)
         if processes.is_main() and self.vectors.passed:
             self.trust()
+
+    def _note(self, number: int, finished: Finished) -> None:
+        entry = {"part": number, **asdict(finished)}
+        with open(self.folder / f".finished-{processes.index()}.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
 
     def trust(self) -> None:
         """Remember that all vectors are what their manifests say, and so are all parts."""
@@ -154,8 +164,8 @@ def _books(folder: Path) -> list[Path]:
 
 def _usable(folder: Path) -> bool:
     """Whether parts were entered of vectors that were verified, or of which it is known what they were."""
-    trusted = (folder / TRUSTED_FILE).is_file()
-    return any(trusted or entry["vectors"] is not None for entry in _entries(folder))
+    noted = (folder / TRUSTED_FILE).is_file()
+    return any(noted or entry.get("trusted") or entry.get("vectors") is not None for entry in _entries(folder))
 
 
 def verified(part: Part, finished: Finished) -> bool:

@@ -44,6 +44,7 @@ class InMemory:
 
         Pieces that were made in `rooms` are there already.
         """
+        import numpy as np
         import torch
 
         with torch.no_grad():
@@ -53,7 +54,11 @@ class InMemory:
                 flat = tensor.view(-1) if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
                 done = 0
                 for _, piece in some:
-                    values = torch.as_tensor(piece).reshape(-1)
+                    values = (
+                        piece
+                        if isinstance(piece, torch.Tensor)
+                        else torch.from_numpy(np.require(piece, requirements="W"))
+                    ).reshape(-1)
                     place = flat[done : done + len(values)]
                     if place.data_ptr() != values.data_ptr():
                         place.copy_(values)

@@ -28,9 +28,15 @@ class Verification:
     def by_hashes(self, hashes: Sequence[Mapping[str, str]]) -> None:
         """Verify vectors by the hashes of their tensors, which somebody has taken. Raises: InputError when one
         differs."""
-        for vector, found in zip(self.vectors, hashes, strict=True):
-            vector.verify_by(found)
-        self._asked = ()
+        done = Future[None]()
+        self._asked = (done,)
+        try:
+            for vector, found in zip(self.vectors, hashes, strict=True):
+                vector.verify_by(found)
+        except Exception as error:
+            done.set_exception(error)
+            raise
+        done.set_result(None)
 
     @property
     def passed(self) -> bool:

@@ -85,21 +85,24 @@ def write_files(
 ) -> list[tuple[Record, str]]:
     """Write what a plan makes into files; returns each record with the hash of its bytes, the same in every process.
 
-    What nobody else will see need not be `hashed`: its hashes are empty then.
+    What nobody else will see need not be `hashed`: its hashes are empty then. With a `ledger` vectors are verified, and
+    parts that an earlier run has entered are kept; what is not `cached` goes past the page cache; `meanwhile` is called
+    when tensors are about to be combined.
     Files and parts are laid out before it is decided who writes what, and what is summed is summed part by part, so
     that no byte depends on the number of processes.
     """
     parts = parts_of({path: writing.places(path, records) for path, records in files.items()})
-    alone = ledger is not None and apart.suits(plan, device)
-    if ledger is not None and not alone:
-        ledger.vectors.begin()
-    found = _verified(plan, parts, processes.on_main(ledger.claimed), alone=alone) if ledger else {}
-    processes.on_main(lambda: _lay_out(files, ledger, keep=bool(found), reserve=not cached))
-    if found:
-        log.info("going on with an interrupted merge: %d of %d parts are finished", len(found), len(parts))
     survey = processes.together(lambda: surveys.take(plan))
     for note in survey.notes(plan):
         log.info("note: %s", note)
+    alone = ledger is not None and apart.suits(plan, device)
+    if ledger is not None and not alone:
+        ledger.vectors.begin()
+    claimed = processes.on_main(ledger.claimed) if ledger is not None else {}
+    found = _verified(plan, parts, claimed, survey=survey if alone else None)
+    processes.on_main(lambda: _lay_out(files, ledger, found, reserve=not cached))
+    if found:
+        log.info("going on with an interrupted merge: %d of %d parts are finished", len(found), len(parts))
     mine = processes.share([part for part in parts if part.number not in found])
     if alone:
         written = _written_apart(mine, ledger, apart.Making(plan, survey, cached), meanwhile)
@@ -126,24 +129,29 @@ def _fusing(plan: Plan, device: str, survey: Survey) -> Fusing:
     return stream
 
 
-def _lay_out(files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, *, keep: bool, reserve: bool) -> None:
+def _lay_out(
+    files: Mapping[Path, Sequence[Record]], ledger: Ledger | None, kept: Mapping[int, Finished], *, reserve: bool
+) -> None:
+    if ledger is not None:
+        ledger.begin(kept)
     for path, records in files.items():
-        if not keep:
-            path.unlink(missing_ok=True)  # a search writes again what a network may still have mapped
-        writing.lay_out(path, records, keep=keep, reserve=reserve)
-    if ledger is not None and not keep:
-        ledger.begin()  # what another merge entered must not pass for this one's
+        if not kept:
+            path.unlink(missing_ok=True)  # a search may write again what a network still has mapped
+        writing.lay_out(path, records, keep=bool(kept), reserve=reserve)
 
 
 def _verified(
-    plan: Plan, parts: Sequence[Part], claimed: Mapping[int, Finished], *, alone: bool
+    plan: Plan, parts: Sequence[Part], claimed: Mapping[int, Finished], *, survey: Survey | None
 ) -> dict[int, Finished]:
-    """Those of the claimed parts whose bytes are in their files, made of vectors that are, or were, verified."""
+    """Those of the claimed parts whose bytes are in their files.
+
+    They were made of vectors that were verified then; with a `survey`, in one process, or of those that are here now.
+    """
     some = [part for part in parts if part.number in claimed]
-    if alone:
-        seen = {part.number: apart.kept(plan, part, claimed[part.number]) for part in some}
+    if survey is not None:
+        seen = {part.number: apart.kept(plan, survey, part, claimed[part.number]) for part in some}
         return {number: finished for number, finished in seen.items() if finished is not None}
-    some = [part for part in some if claimed[part.number].vectors is None]
+    some = [part for part in some if claimed[part.number].trusted]
     good = processes.together(
         lambda: [part.number for part in processes.share(some) if verified(part, claimed[part.number])]
     )
