@@ -9,7 +9,7 @@ two rounds of merging, and with `--federated` FedAvg over four, at the same epoc
 of the last round are fitted in closed form.
 
     python bench/networks.py pad DATA --out NETWORKS --networks none
-    python bench/evidence.py DATA NETWORKS --out DIR --heads-first [--again] [--on public]
+    python bench/evidence.py DATA NETWORKS --out DIR --heads-first [--batch-size 8] [--again] [--on public]
 
 The second form trains as the first does not: a round of heads comes first, and pictures are shown in other positions.
 The study trains its networks itself; `--again` adds a second round of as many epochs. With `--on public` the rows of a
@@ -47,12 +47,13 @@ output: ./{results}
 """
 SUM = "{method: sum, scale: 0.5}"
 ONE = {
-    "training": "training: {epochs: 12, learning_rate: 0.0003, warmup: 0.3}",
+    "training": "training: {{epochs: 12, learning_rate: 0.0003, warmup: 0.3}}",
     "merges": SUM, "budgets": "epochs", "federated": "null", "relay": "null", "heads": "1",
 }  # fmt: skip
 TWO = {"relay": f"{{rounds: 2, merge: {SUM}, restore: statistics}}", "heads": "2"}
 HEADS_FIRST = {
-    "training": "start: {steps: 60}\ntraining: {epochs: 12, learning_rate: 0.0003, warmup: 0.3, augment: turns}",
+    "training": "start: {steps: 60}\n"
+    "training: {{epochs: 12, learning_rate: 0.0003, warmup: 0.3, augment: turns, batch_size: {batch}}}",
     "merges": f"{SUM}, {{method: sum, scale: 1.0}}, {{method: auto}}", "budgets": "epochs, steps",
 }  # fmt: skip
 AGAIN = {
@@ -158,6 +159,8 @@ def main() -> None:
     parser.add_argument("--federated", action="store_true", help="FedAvg over four rounds, too; ten minutes a seed")
     parser.add_argument("--least-squares", action="store_true", help="heads in closed form, not by 60 steps")
     parser.add_argument("--heads-first", action="store_true", help="train with heads first and pictures turned")
+    parser.add_argument("--batch-size", type=int, default=32, help="of networks that train with heads first")
+    parser.add_argument("--budgets", nargs="+", choices=("epochs", "steps"), help="of all data pooled")
     parser.add_argument("--again", action="store_true", help="a second round of 12 epochs, too")
     parser.add_argument("--on", choices=tuple(ON), default="test", help="the images that rows are measured on")
     chosen = parser.parse_args()
@@ -165,6 +168,8 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     more = {**ONE, **(TWO if chosen.rounds else {}), **(HEADS_FIRST if chosen.heads_first else {})}
     more |= {**(AGAIN if chosen.again else {}), **({"federated": "{rounds: 4}"} if chosen.federated else {})}
+    more |= {"budgets": ", ".join(chosen.budgets)} if chosen.budgets else {}
+    more["training"] = more["training"].format(batch=chosen.batch_size)
     more["fit"] = "fit: least_squares" if chosen.least_squares else "steps: 60"
     for seed in chosen.seeds:
         path = write_study(chosen.data, chosen.networks, chosen.out, seed, on=chosen.on, more=more)

@@ -469,6 +469,22 @@ def test_heads_first_are_what_all_networks_of_a_seed_start_from(clinic, run):
     digest = open_checkpoint(folder / "start").tensors.digest
     for name in ("site-1", "site-2", "pooled-epochs"):
         assert json.loads((folder / "vectors" / name / "datavec.json").read_text())["base"]["digest"] == digest
+    # Pooled is there without them as well, and every fused row is held against both.
+    untouched = json.loads((folder / "vectors" / "pooled-from-base-epochs" / "datavec.json").read_text())
+    assert untouched["base"]["digest"] == open_checkpoint(results / "base").tensors.digest
+    assert untouched["training"]["epochs"] == 2
+    found = json.loads((results / "results.json").read_text())
+    both = {"all data pooled, equal epochs", "all data pooled from the base, equal epochs"}
+    assert both == {row["name"] for row in found["rows"] if row["kind"] == "pooled"}
+    assert both <= {test["against"] for test in found["tests"] if test["row"] == "sum x 0.5, then heads, statistics"}
+    recipe = {
+        "base": str(results / "base"),
+        "vectors": [str(folder / "vectors" / "pooled-from-base-epochs")],
+        "recalibrate": {"mode": "moments"},
+    }
+    (clinic / "pooled.yaml").write_text(json.dumps(recipe))
+    assert run("merge", "pooled.yaml", "-o", "pooled").code == 0
+    assert_predicted_by(clinic / "pooled", folder, "all_data_pooled_from_the_base", clinic)
     # The recipe of a merge gives what the study has measured.
     assert run("merge", folder / "recipes" / "sum_x_0.5.yaml", "-o", "fused").code == 0
     assert_predicted_by(clinic / "fused", folder, "sum_x_0.5__none", clinic)

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from hf_datavec.study.pictures import Table
 
 TEST, PUBLIC, POOLED = "test", "public", "pooled"
+# Networks on all sites' images: of what every network of a seed starts from, and of the base that nobody has touched.
+FROM_BASE = f"{POOLED}-from-base"
 # Names of parts and of networks that are no site's.
-RESERVED = (TEST, PUBLIC, POOLED, "start", *(f"{POOLED}-{budget}" for budget in ("epochs", "steps", "rounds")))
+RESERVED = (
+    TEST, PUBLIC, POOLED, "start",
+    *(f"{name}-{budget}" for name in (POOLED, FROM_BASE) for budget in ("epochs", "steps", "rounds")),
+)  # fmt: skip
 # A site needs a few images to train on; a skew that leaves one with fewer is drawn again, at most so often.
 FEWEST, DRAWS = 8, 100
 

@@ -13,7 +13,7 @@ from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.finetune import cross_entropy
 from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
-from hf_datavec.study.partition import POOLED
+from hf_datavec.study.partition import FROM_BASE, POOLED
 from hf_datavec.study.restoring import Restorer
 from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, Pace, heads_alone, kind, pace, relay, with_heads
 from hf_datavec.study.sections import Combining, Heads, Study
@@ -77,13 +77,19 @@ class Measuring:
         return self.predicted(self.network(merge, mode, vectors, weights))
 
     def network(
-        self, merge: Combining, mode: str, vectors: Sequence[Path] = (), weights: Sequence[float] = ()
+        self,
+        merge: Combining,
+        mode: str,
+        vectors: Sequence[Path] = (),
+        weights: Sequence[float] = (),
+        *,
+        base: Path | None = None,
     ) -> models.Network:
         """The shared network, merged and restored."""
-        plan = self.seed.plan(vectors or self.vectors(), merge, weights=weights)
+        plan = self.seed.plan(vectors or self.vectors(), merge, weights=weights, base=base)
         network = self.seed.merged(plan)
         if mode != "none":
-            key = tuple((one.name, one.weight) for one in plan.contributions)
+            key = (plan.base.folder, *((one.name, one.weight) for one in plan.contributions))
             if key not in self._restorers:
                 sites = recalibrate.sharing(plan.base, plan.contributions, device=self.seed.place.device)
                 self._restorers[key] = Restorer(sites, self.seed.public, self.seed.place.study.public.count)
@@ -91,17 +97,17 @@ class Measuring:
         return network
 
     @cached_property
-    def _restorers(self) -> dict[tuple[tuple[str, float], ...], Restorer]:
+    def _restorers(self) -> dict[tuple[object, ...], Restorer]:
         return {}
 
-    def _alone(self, vector: Path, mode: str) -> Floats:
-        """One trained network, with its own statistics or restored."""
-        return self.fused(Combining(), mode or "moments", [vector])
+    def _alone(self, vector: Path, mode: str, base: Path | None = None) -> Floats:
+        """One trained network, with its own statistics or restored; it started as all do, or from a base of its own."""
+        return self.predicted(self.network(Combining(), mode or "moments", [vector], base=base))
 
-    def _trained(self, name: str, share: float) -> Floats:
-        """A network on all data, trained for a share of the epochs."""
+    def _trained(self, name: str, share: float, base: Path) -> Floats:
+        """A network on all data, trained from a base for a share of the epochs."""
         seed = self.seed
-        return self._alone(seed.vector(name, POOLED, seed.settings(share=share)), "")
+        return self._alone(seed.vector(name, POOLED, seed.settings(share=share), base=base), "", base)
 
     def _sites(self) -> Iterator[tuple[Row, Floats]]:
         modes = ["", *(mode for mode in self.seed.place.study.restore if mode in FOR_ONE)]
@@ -135,10 +141,15 @@ class Measuring:
         if study.relay and study.relay.epochs:
             epochs = study.relay.epochs * study.relay.rounds
             shares["rounds"], texts["rounds"] = epochs / study.training.epochs, f"{epochs:g} epochs"
-        for budget in study.budgets:
-            name = f"{POOLED}-{budget}" + (f"/{texts[budget].split()[0]}" if budget == "rounds" else "")
-            row = Row(f"all data pooled, {texts[budget]}", "pooled")
-            yield self.get(row, partial(self._trained, name, shares[budget]))
+        starts = {POOLED: ("", seed.base)}
+        if study.start:
+            # Heads first help sites of few images; all of them together may do better without (docs/evidence.md).
+            starts[FROM_BASE] = (" from the base", seed.place.base)
+        for kept, (words, base) in starts.items():
+            for budget in study.budgets:
+                name = f"{kept}-{budget}" + (f"/{texts[budget].split()[0]}" if budget == "rounds" else "")
+                row = Row(f"all data pooled{words}, {texts[budget]}", "pooled")
+                yield self.get(row, partial(self._trained, name, shares[budget], base))
 
     def _merges(self) -> Iterator[tuple[Row, Floats]]:
         study = self.seed.place.study

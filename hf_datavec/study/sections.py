@@ -75,7 +75,7 @@ class Start(Section):
     """A round of heads before everything else, so that networks follow a head that knows all sites' labels, not zeros.
 
     Every site fits a head to the base by so many steps; the mean of the heads is what all networks of a seed, pooled
-    ones as well, start from.
+    ones as well, start from. Pooled networks are trained from the base as it is, too, in rows of their own.
     """
 
     steps: Count = 60
