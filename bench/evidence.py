@@ -52,7 +52,7 @@ ONE = {
 }  # fmt: skip
 TWO = {"relay": f"{{rounds: 2, merge: {SUM}, restore: statistics}}", "heads": "2"}
 HEADS_FIRST = {
-    "training": "start: {steps: 60}\n"
+    "training": "start: {{steps: 60}}\n"
     "training: {{epochs: 12, learning_rate: 0.0003, warmup: 0.3, augment: turns, batch_size: {batch}}}",
     "merges": f"{SUM}, {{method: sum, scale: 1.0}}, {{method: auto}}", "budgets": "epochs, steps",
 }  # fmt: skip
