@@ -129,12 +129,15 @@ def inspect(options: Namespace) -> None:
 
 
 def plan(options: Namespace) -> None:
-    from hf_datavec.cli.shown import plan_data, plan_lines
-    from hf_datavec.pipeline import lock as locks
-    from hf_datavec.pipeline.prepare import prepare
-    from hf_datavec.tables import table
+    from hf_datavec.threads import without_collection
 
-    prepared = prepare(options.recipe, headers_only=True)
+    with without_collection():
+        from hf_datavec.cli.shown import plan_data, plan_lines
+        from hf_datavec.pipeline import lock as locks
+        from hf_datavec.pipeline.prepare import prepare
+        from hf_datavec.tables import table
+
+        prepared = prepare(options.recipe, headers_only=True)
     lock = locks.write(prepared) if options.lock else None
     if options.json:
         return _say_json({**plan_data(prepared.plan), "lock": str(lock) if lock else None})
