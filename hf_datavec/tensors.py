@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
+from hf_datavec import headers
 from hf_datavec.errors import InputError, RunError, listed
 from hf_datavec.headers import ITEM_BYTES
 
@@ -259,11 +260,12 @@ def _read_header(path: Path) -> dict[str, Record]:
         with open(path, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             text = handle.read(min(length, LARGEST_HEADER))
-        if not _is_regular(text, path.stat().st_size - 8 - length):
+        header = headers.regular(text, path.stat().st_size - 8 - length)
+        if header is None:
             # The library decides, and says what is wrong. It starts numpy for that, which nothing else in `plan` needs.
             with safe_open(path, framework="np"):
                 pass
-        header = json.loads(text)
+            header = json.loads(text)
     except FileNotFoundError:
         raise InputError(f"there is no file '{path}'") from None
     except SafetensorError as error:
@@ -279,24 +281,6 @@ def _read_header(path: Path) -> dict[str, Record]:
         name: Record(name, entry["dtype"], tuple(entry["shape"]), path, offset + entry["data_offsets"][0])
         for name, entry in sorted(header.items())
     }
-
-
-def _is_regular(header: bytes, size: int) -> bool:
-    """Whether a header describes so many bytes without a gap or an overlap, by types that are known here."""
-    try:
-        entries = json.loads(header)
-        metadata = entries.pop("__metadata__", {})
-        end = 0
-        for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            nbytes = ITEM_BYTES[entry["dtype"]] * math.prod(entry["shape"])
-            whole = all(type(number) is int and number >= 0 for number in (*entry["shape"], start, stop))
-            if not whole or (start, stop) != (end, end + nbytes) or set(entry) != {"dtype", "shape", "data_offsets"}:
-                return False
-            end = stop
-        return end == size and all(isinstance(value, str) for value in metadata.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _check_names(path: Path, header: Mapping[str, Any]) -> None:

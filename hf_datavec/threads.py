@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,12 @@ AHEAD = 3
 # How long a thread may keep the interpreter from one that has only little to ask of it: a tenth of what Python says.
 SWITCH_SECONDS = 0.0005
 # Of mallopt(3): what is freed is kept for the next tensors, up to a GiB, and not given back and asked for again, which
-# costs as much as a network's own arithmetic: M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX, one memory for all threads.
-KEPT = {-1: 2**30, -4: 0, -8: 1}
+# costs as much as a network's own arithmetic: M_TRIM_THRESHOLD and M_MMAP_MAX.
+KEPT = {-1: 2**30, -4: 0}
+# M_ARENA_MAX: what one thread has freed is there for the next one, too.
+SHARED = {-8: 1}
+# Whether this process is a program that has tuned itself.
+_tuned = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +82,27 @@ def without_collection() -> Iterator[None]:
 def tune_process() -> None:
     """Make a process that computes faster; for programs, since it changes all of the process.
 
-    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory, of any size, for all threads;
-    other C libraries do as they do.
+    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory of any size; other C libraries do
+    as they do.
     """
+    global _tuned
+    _tuned = True
     sys.setswitchinterval(SWITCH_SECONDS)
+    _set(KEPT)
+
+
+def share_memory() -> None:
+    """In a program that is tuned, let threads that begin from now on share freed memory: for those that take turns."""
+    if _tuned:
+        _set(SHARED)
+
+
+def _set(options: Mapping[int, int]) -> None:
     with contextlib.suppress(AttributeError, OSError):
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in KEPT.items():
+        for option, value in options.items():
             mallopt(option, value)
 
 

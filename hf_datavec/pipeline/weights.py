@@ -92,27 +92,27 @@ def write_files(
     that no byte depends on the number of processes.
     """
     parts = parts_of({path: writing.places(path, records) for path, records in files.items()})
+    by_copies = ledger if ledger is not None and apart.suits(plan, device) else None
+    if ledger is not None and by_copies is None:
+        ledger.vectors.begin()
     survey = processes.together(lambda: surveys.take(plan))
     for note in survey.notes(plan):
         log.info("note: %s", note)
-    alone = ledger is not None and apart.suits(plan, device)
-    if ledger is not None and not alone:
-        ledger.vectors.begin()
     claimed = processes.on_main(ledger.claimed) if ledger is not None else {}
-    found = _verified(plan, parts, claimed, survey=survey if alone else None)
+    found = _verified(plan, parts, claimed, survey=survey if by_copies else None)
     processes.on_main(lambda: _lay_out(files, ledger, found, reserve=not cached))
     if found:
         log.info("going on with an interrupted merge: %d of %d parts are finished", len(found), len(parts))
     mine = processes.share([part for part in parts if part.number not in found])
-    if alone:
-        written = _written_apart(mine, ledger, apart.Making(plan, survey, cached), meanwhile)
+    if by_copies is not None:
+        written = _written_apart(mine, by_copies, apart.Making(plan, survey, cached), meanwhile)
     else:
         written = _written(mine, ledger, _fusing(plan, device, survey), cached=cached, hashed=hashed)
         meanwhile()
     done = processes.together(lambda: dict(written))
     found |= dict(processes.gathered(list(done.items())))
-    if ledger is not None and alone:
-        ledger.vectors.by_hashes(apart.hashes([found[part.number] for part in parts]))
+    if by_copies is not None:
+        by_copies.vectors.by_hashes(apart.hashes([found[part.number] for part in parts]))
     for part in parts:
         gram.count(found[part.number].products)
     return [pair for part in parts for pair in zip(part.records, found[part.number].hashes, strict=True)]
@@ -159,18 +159,18 @@ def _verified(
 
 
 def _written_apart(
-    mine: Sequence[Part], ledger: Ledger | None, making: apart.Making, meanwhile: Callable[[], None]
+    mine: Sequence[Part], ledger: Ledger, making: apart.Making, meanwhile: Callable[[], None]
 ) -> Iterator[tuple[int, Finished]]:
-    copies = threads.allowed() if sum(part.nbytes for part in mine) >= WORTH_COPIES else 1
+    total = sum(part.nbytes for part in mine)
+    copies = threads.allowed() if total >= WORTH_COPIES else 1
     # They are made before anything starts a thread here.
     with forked.working(making, mine, processes=copies) as made:
         meanwhile()
-        with byte_progress(sum(part.nbytes for part in mine), text="merge") as tell, flushing() as flush:
+        with byte_progress(total, text="merge") as tell, flushing() as flush:
             for part, finished in made:
                 if making.cached:
                     flush(part.file)
-                if ledger is not None:
-                    ledger.enter(part, finished)
+                ledger.enter(part, finished)
                 tell(part.nbytes)
                 yield part.number, finished
 
