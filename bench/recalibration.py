@@ -26,7 +26,7 @@ import torch
 from hf_datavec import models
 from hf_datavec.recalibrate.lockstep import Pictures, observe
 from hf_datavec.samples import write_network
-from hf_datavec.threads import tune_process
+from hf_datavec.threads import share_memory, tune_process
 
 HERE = "hf-datavec"
 MODES = ("evaluation mode", "training mode", HERE)
@@ -100,6 +100,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if not chosen.only or chosen.only[0] == HERE:
         tune_process()
+        share_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(chosen.images, 3, chosen.side, chosen.side)

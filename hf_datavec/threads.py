@@ -92,7 +92,8 @@ def tune_process() -> None:
 
 
 def share_memory() -> None:
-    """In a program that is tuned, let threads that begin from now on share freed memory: for those that take turns."""
+    """In a program that is tuned, let all threads share freed memory, if none has begun: for those that take turns, as
+    the passes of a restoration do. Where they compute at once, more lies idle between what they hold."""
     if _tuned:
         _set(SHARED)
 

@@ -13,7 +13,6 @@ from hf_datavec import processes
 from hf_datavec.errors import RunError
 from hf_datavec.models import Network, statistic_layers
 from hf_datavec.recalibrate.pooling import Channels, Images, Measured, across_processes, all_of, measure, summed
-from hf_datavec.threads import share_memory
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +53,6 @@ def observe(network: Network, pictures: Pictures, *, settle: Settle | None = Non
         return {}
     groups = -(-pictures.count // JOINT)
     found: dict[str, list[Measured]] = {}
-    share_memory()  # the passes' threads run one at a time
     with _only_measuring(network.module):
         for group in range(groups):
             # Every groups-th picture, so that the first group already is a sample of all classes.
