@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +30,6 @@ SWITCH_SECONDS = 0.0005
 # Of mallopt(3): what is freed is kept for the next tensors, up to a GiB, and not given back and asked for again, which
 # costs as much as a network's own arithmetic: M_TRIM_THRESHOLD and M_MMAP_MAX.
 KEPT = {-1: 2**30, -4: 0}
-# M_ARENA_MAX: what one thread has freed is there for the next one, too.
-SHARED = {-8: 1}
-# Whether this process is a program that has tuned itself.
-_tuned = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +81,12 @@ def tune_process() -> None:
     Threads that hash hand the interpreter over sooner, and glibc keeps freed memory of any size; other C libraries do
     as they do.
     """
-    global _tuned
-    _tuned = True
     sys.setswitchinterval(SWITCH_SECONDS)
-    _set(KEPT)
-
-
-def share_memory() -> None:
-    """In a program that is tuned, let all threads share freed memory, if none has begun: for those that take turns, as
-    the passes of a restoration do. Where they compute at once, more lies idle between what they hold."""
-    if _tuned:
-        _set(SHARED)
-
-
-def _set(options: Mapping[int, int]) -> None:
     with contextlib.suppress(AttributeError, OSError):
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in options.items():
+        for option, value in KEPT.items():
             mallopt(option, value)
 
 

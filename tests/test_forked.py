@@ -263,8 +263,8 @@ def test_parts_of_the_same_vectors_are_kept_and_those_of_others_are_not(folder):
     assert "going on with an interrupted merge: 3 of " in done.stderr
     assert written(folder / "again") == wanted
 
-    # The first part is made of a vector of which a value is another, and the site sends the right one again. Where there
-    # is one copy parts are made in their order, so that the first is among those that were entered.
+    # The first part is made of a vector of which a value is another, and the site sends the right one again. Where
+    # there is one copy parts are made in their order, so that the first is among those that were entered.
     right = altered(folder, 1.0)
     failed = merge(folder, "median.yaml", "other", "--fail", "3", threads=1)
     (folder / "site-0" / "vector.safetensors").write_bytes(right)

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_datavec import hub, models, recalibrate
+from hf_datavec.errors import RunError
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
 from hf_datavec.recalibrate import Pictures, lockstep
@@ -118,23 +120,70 @@ def test_dropout_stays_off_while_statistics_are_measured(tmp_path):
     )
 
 
-def test_a_failing_image_ends_the_run_with_its_own_error(tmp_path):
+def watched(network: models.Network) -> tuple[list[int], list[int]]:
+    """The threads in which passes begin, and in which they end, however they end: filled as they do."""
+    begun: list[int] = []
+    ended: list[int] = []
+    real = network.module.forward
+
+    def forward(*some, **more):
+        begun.append(threading.get_ident())
+        try:
+            return real(*some, **more)
+        finally:
+            ended.append(threading.get_ident())
+
+    network.module.forward = forward
+    return begun, ended
+
+
+def test_all_passes_compute_in_the_thread_that_asks(tmp_path):
+    """Else each would have threads of torch of its own, which wake each other."""
+    network, images = models.load(make_network("test_resnet", tmp_path / "net")), pictures()
+    begun, ended = watched(network)
+    recalibrate.statistics(network, Pictures(COUNT, lambda indices: images[list(indices)], 4))
+    assert begun == ended == [threading.get_ident()] * 6
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failing_image_ends_the_run_with_its_own_error(tmp_path, error):
     network = models.load(make_network("test_resnet", tmp_path / "net"))
     images = pictures()
+    begun, ended = watched(network)
 
     def load(indices):
         if 15 in indices:
-            raise ValueError("image 15 is broken")
+            raise error("image 15 is broken")
         return images[list(indices)]
 
-    with pytest.raises(ValueError, match="image 15 is broken"):
+    with pytest.raises(error, match="image 15 is broken"):
         recalibrate.statistics(network, Pictures(COUNT, load, 4))
+    # Three passes waited at their first layer for the fourth, which could not begin.
+    assert len(begun) == len(ended) == 3
+    assert not any(part._forward_pre_hooks for part in network.module.modules())
+
+
+def test_images_that_take_another_way_through_the_network_are_refused(tmp_path):
+    network, images = models.load(make_network("test_resnet", tmp_path / "net")), pictures()
+    real = network.module.forward
+
+    def forward(pixel_values):
+        if len(pixel_values) < 4:
+            real(pixel_values=pixel_values)  # goes on when the others have ended
+        return real(pixel_values=pixel_values)
+
+    network.module.forward = forward
+    begun, ended = watched(network)
+    with pytest.raises(RunError, match="takes another way for some images"):
+        recalibrate.statistics(network, Pictures(COUNT, lambda indices: images[list(indices)], 4))
+    assert len(begun) == len(ended) == 6
 
 
 PROCESSES = """
 import sys, torch
 from pathlib import Path
 from hf_datavec import hub, models, processes
+from hf_datavec.errors import RunError
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
 from hf_datavec.recalibrate import Pictures, lockstep

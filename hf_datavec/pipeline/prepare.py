@@ -16,7 +16,7 @@ from hf_datavec.images import ImageSet, open_images
 from hf_datavec.plan import Contribution, Plan
 from hf_datavec.recipe import Evaluate, LockedInput, Measured, ModelEntry, Recipe, VectorEntry
 from hf_datavec.staging import refuse_existing
-from hf_datavec.threads import import_ahead, share_memory
+from hf_datavec.threads import import_ahead
 from hf_datavec.tuned import fitted
 from hf_datavec.vector import TunedDifferences, open_vector
 
@@ -48,8 +48,6 @@ def prepare(path: Path, *, headers_only: bool = False) -> Prepared:
     Raises: InputErrors with every reason why it cannot be done.
     """
     recipe, notes = recipes.load_with_notes(path)
-    if recipe.recalibrate is not None and recipe.recalibrate.mode != "none":
-        share_memory()
     references = _references(recipe, path.absolute().parent)
     if not headers_only and any(reference.repo for reference in references):
         # Headers first: a refusal must not cost a download. Their commits then pin what is downloaded, so that

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -121,16 +120,13 @@ def _only_measuring(module: Any) -> Iterator[None]:
             part.training = training
 
 
-class _AbandonedError(Exception):
-    """Ends the other forward passes when one has failed."""
-
-
 @dataclass
 class _Lockstep:
     """Several forward passes that all stop before each BatchNorm layer until its pooled moments are known.
 
-    Each batch has a thread, but only one runs at a time, in turn: memory holds all batches' activations at
-    one layer, computation is one batch's. The order is fixed, so the result is too.
+    They are greenlets of one thread, in turn: memory holds all batches' activations at one layer, computation is one
+    batch's, and torch's own threads are those of the caller, not a set for each pass, which would wake each other. The
+    order is fixed, so the result is too.
     """
 
     network: Network
@@ -139,78 +135,40 @@ class _Lockstep:
     counted: bool = True
     measured: dict[str, list[Measured]] = field(default_factory=dict)
 
-    def run(self, batches: list[Callable[[], torch.Tensor]]) -> None:
-        self._size = len(batches)
-        # One for each, so that handing over wakes one thread and not all of them.
-        self._turns = [threading.Semaphore(0) for _ in batches]
-        self._local = threading.local()
-        self._arrived: list[tuple[str, Images]] = []
-        self._failure: BaseException | None = None
-        hooks = [layer.register_forward_pre_hook(partial(self._stop, name=name)) for name, layer in self.layers.items()]
-        threads = [
-            threading.Thread(target=self._forward, args=(index, batch), daemon=True)
-            for index, batch in enumerate(batches)
-        ]
+    def run(self, batches: Sequence[Callable[[], torch.Tensor]]) -> None:
+        import torch
+        from greenlet import greenlet
+
+        hooks = [layer.register_forward_pre_hook(partial(_stop, name)) for name, layer in self.layers.items()]
+        passes = [greenlet(partial(self._forward, batch)) for batch in batches]
         try:
-            for thread in threads:
-                thread.start()
-            self._turns[0].release()
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # Ctrl-C in a notebook: the passes must not go on without their caller
-            self._fail(error)
-            # They end at their next layer. One that came back from torch while Python is taken down would abort it.
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
+            with torch.no_grad():
+                # Each goes on to its next layer, whose moments it gives, or to its end.
+                while any(stops := [one.switch() for one in passes]):
+                    self._pool(stops)
         finally:
+            for one in passes:
+                if one:  # it waits at a layer, since another has failed
+                    one.throw()
             for hook in hooks:
                 hook.remove()
-        if self._failure is not None:
-            raise self._failure
 
-    def _forward(self, index: int, batch: Callable[[], torch.Tensor]) -> None:
-        import torch
+    def _forward(self, batch: Callable[[], torch.Tensor]) -> None:
+        self.network.logits(batch())
 
-        self._local.index = index
-        try:
-            self._await_turn(index)
-            with torch.no_grad():
-                self.network.logits(batch())
-        except _AbandonedError:
-            pass
-        except BaseException as error:  # noqa: BLE001 - carried to the calling thread
-            self._fail(self._failure or error)
-        finally:
-            self._pass_turn(index)
-
-    def _stop(self, layer: Any, inputs: tuple[Any, ...], *, name: str) -> None:
-        index = self._local.index
-        self._arrived.append((name, measure(inputs[0])))
-        if index == self._size - 1:
-            self._pool(name, layer)
-        self._pass_turn(index)
-        self._await_turn(index)
-
-    def _pool(self, name: str, layer: Any) -> None:
-        if len(self._arrived) != self._size or any(found != name for found, _ in self._arrived):
+    def _pool(self, stops: Sequence[tuple[str, Images] | None]) -> None:
+        arrived = [stop for stop in stops if stop is not None]
+        name = arrived[0][0]
+        if len(arrived) != len(stops) or any(found != name for found, _ in arrived):
             raise RunError("the network takes another way for some images, so its layers have no common statistics")
-        mine = [images for _, images in self._arrived] if self.counted else []
+        mine = [images for _, images in arrived] if self.counted else []
         measured = summed(across_processes(mine))
-        self._arrived.clear()
         self.measured.setdefault(name, []).append(measured)
-        _assign(layer, self.settle(name, measured))
+        _assign(self.layers[name], self.settle(name, measured))
 
-    def _fail(self, error: BaseException) -> None:
-        self._failure = error
-        for turn in self._turns:
-            turn.release()
 
-    def _await_turn(self, index: int) -> None:
-        self._turns[index].acquire()
-        if self._failure is not None:
-            raise _AbandonedError
+def _stop(name: str, _: Any, inputs: tuple[Any, ...]) -> None:
+    """Before a layer: tell what it would see, and wait until it has been given its statistics."""
+    from greenlet import getcurrent
 
-    def _pass_turn(self, index: int) -> None:
-        self._turns[(index + 1) % self._size].release()
+    getcurrent().parent.switch((name, measure(inputs[0])))

@@ -12,9 +12,10 @@ from hf_datavec import processes
 if TYPE_CHECKING:
     import torch
 
-# Values whose float32 sums are taken at a time: as many as stay in a core's cache beside a copy, and few enough to lose
-# less than 1e-6 of a standard deviation. What is pooled from there on is float64.
-BLOCK = 2**17
+# Values whose float32 sums are taken at a time: as many as stay in a processor's cache beside a copy, enough to give
+# every thread of torch its part, and few enough to lose less than 1e-6 of a standard deviation. What is pooled from
+# there on is float64.
+BLOCK = 2**20
 
 
 class Channels(Protocol):

@@ -22,7 +22,6 @@ from hf_datavec.study.partition import divide
 from hf_datavec.study.pictures import EMBEDDED, Table, open_table
 from hf_datavec.study.results import Results, measure
 from hf_datavec.study.sections import Study, Training
-from hf_datavec.threads import share_memory
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
     Raises: InputError for a study, images or a base that are wrong, and for a folder that holds another study.
     """
     study, here = load(path), path.absolute().parent
-    share_memory()
     folder = _output(study, path, output)
     table = open_table(study.data, here)
     divisions = {number: divide(study, table, number) for number in study.seeds}  # mistakes show before any training
