@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,68 @@ def test_a_failing_image_ends_the_run_with_its_own_error(tmp_path, error):
     assert not any(part._forward_pre_hooks for part in network.module.modules())
 
 
+def test_what_an_ended_pass_says_does_not_hide_why_the_run_failed(tmp_path):
+    network, images = models.load(make_network("test_resnet", tmp_path / "net")), pictures()
+    real = network.module.forward
+
+    def forward(*some, **more):
+        try:
+            return real(*some, **more)
+        finally:
+            raise OSError("no longer there")
+
+    def load(indices):
+        if 9 in indices:
+            raise ValueError("image 9 is broken")
+        return images[list(indices)]
+
+    network.module.forward = forward
+    with pytest.raises(ValueError, match="image 9 is broken"):
+        recalibrate.statistics(network, Pictures(COUNT, load, 4))
+    assert not any(part._forward_pre_hooks for part in network.module.modules())
+
+
+def modes() -> list[bool]:
+    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "rounding"),
+    # 8 bits: a value that is rounded the other way since a convolution of fewer images rounds otherwise.
+    [(partial(torch.autocast, "cpu", torch.bfloat16), 2**-8), (torch.enable_grad, 1e-5), (torch.inference_mode, 1e-5)],
+)
+def test_modes_of_a_block_stay_in_its_pass(tmp_path, mode, rounding):
+    network = models.load(make_network("test_resnet", tmp_path / "net"))
+    block = network.module.timm_model.layer2
+    inside, real = [], block.forward
+
+    def forward(values):
+        with mode():
+            found = real(values).float()
+            inside.append(modes())
+        return found.clone()
+
+    block.forward = forward
+    whole, before = restored(network, COUNT), modes()
+    found = restored(network, 4)
+    assert modes() == before
+    assert len(inside) == 7
+    assert all(one == inside[0] for one in inside)
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=rounding, atol=rounding / 10)
+
+
+def test_statistics_do_not_depend_on_modes_of_the_caller(tmp_path):
+    network = models.load(make_network("test_resnet", tmp_path / "net"))
+    expected = restored(network, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        before = modes()
+        found = restored(network, 4)
+        assert modes() == before
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_images_that_take_another_way_through_the_network_are_refused(tmp_path):
     network, images = models.load(make_network("test_resnet", tmp_path / "net")), pictures()
     real = network.module.forward
@@ -183,7 +246,6 @@ PROCESSES = """
 import sys, torch
 from pathlib import Path
 from hf_datavec import hub, models, processes
-from hf_datavec.errors import RunError
 from hf_datavec.evaluate import predict
 from hf_datavec.images import open_images
 from hf_datavec.recalibrate import Pictures, lockstep

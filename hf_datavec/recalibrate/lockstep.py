@@ -136,22 +136,26 @@ class _Lockstep:
     measured: dict[str, list[Measured]] = field(default_factory=dict)
 
     def run(self, batches: Sequence[Callable[[], torch.Tensor]]) -> None:
-        import torch
         from greenlet import greenlet
 
-        hooks = [layer.register_forward_pre_hook(partial(_stop, name)) for name, layer in self.layers.items()]
-        passes = [greenlet(partial(self._forward, batch)) for batch in batches]
-        try:
-            with torch.no_grad():
-                # Each goes on to its next layer, whose moments it gives, or to its end.
-                while any(stops := [one.switch() for one in passes]):
-                    self._pool(stops)
-        finally:
-            for one in passes:
-                if one:  # it waits at a layer, since another has failed
-                    one.throw()
-            for hook in hooks:
-                hook.remove()
+        self._passes = [greenlet(partial(self._forward, batch)) for batch in batches]
+        with self._plainly(), contextlib.ExitStack() as stack:
+            for one in self._passes:
+                stack.callback(_end, one)
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_pre_hook(partial(self._stop, name)).remove)
+            # Each goes on to its next layer, whose moments it gives, or to its end.
+            while any(stops := [one.switch() for one in self._passes]):
+                self._pool(stops)
+
+    @contextlib.contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Modes of torch's that the thread is in, set for float32 without gradients, and as they were afterwards."""
+        import torch
+
+        device = torch.device(self.network.device or self.network.module.device).type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
 
     def _forward(self, batch: Callable[[], torch.Tensor]) -> None:
         self.network.logits(batch())
@@ -166,9 +170,19 @@ class _Lockstep:
         self.measured.setdefault(name, []).append(measured)
         _assign(self.layers[name], self.settle(name, measured))
 
+    def _stop(self, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
+        """Before a layer: tell what it would see, and wait until it has been given its statistics."""
+        from greenlet import getcurrent
 
-def _stop(name: str, _: Any, inputs: tuple[Any, ...]) -> None:
-    """Before a layer: tell what it would see, and wait until it has been given its statistics."""
-    from greenlet import getcurrent
+        here = getcurrent()
+        if here not in self._passes:
+            raise RunError("a layer is met outside the passes that measure it, perhaps in threads of the network's own")
+        with self._plainly():  # the modes of a pass are its own
+            here.parent.switch((name, measure(inputs[0])))
 
-    getcurrent().parent.switch((name, measure(inputs[0])))
+
+def _end(one: Any) -> None:
+    """End a pass that waits at a layer, since another has failed; what it says to that is of no interest."""
+    if one:
+        with contextlib.suppress(Exception):
+            one.throw()
