@@ -13,6 +13,8 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
 }  # fmt: skip
+# More than any network's tensors have.
+MOST_DIMENSIONS = 16
 
 
 def encode(entries: Mapping[str, tuple[str, Sequence[int], Sequence[int]]]) -> bytes:
@@ -33,14 +35,16 @@ def regular(header: bytes, size: int) -> dict[str, Any] | None:
         entries = [entry for name, entry in found.items() if name != "__metadata__"]
         end = 0
         for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            nbytes = ITEM_BYTES[entry["dtype"]] * math.prod(entry["shape"])
-            whole = all(type(number) is int and number >= 0 for number in (*entry["shape"], start, stop))
-            if not whole or (start, stop) != (end, end + nbytes) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            shape, (start, stop) = entry["shape"], entry["data_offsets"]
+            # Before anything is multiplied, which may take for ever: numbers of a file that is meant to harm.
+            small = all(type(number) is int and 0 <= number <= size for number in (*shape, start, stop))
+            if not small or len(shape) > MOST_DIMENSIONS or set(entry) != {"dtype", "shape", "data_offsets"}:
+                return None
+            if (start, stop) != (end, end + ITEM_BYTES[entry["dtype"]] * math.prod(shape)):
                 return None
             end = stop
         told = all(isinstance(value, str) for value in found.get("__metadata__", {}).values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return found if told and end == size else None
 

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -333,6 +334,25 @@ def test_a_header_that_gives_one_name_two_places_is_refused(tmp_path):
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(InputError, match="is not a complete safetensors file"):
         open_file(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        json.dumps({"a": entry(0, 0, ["a", 3 * 10**8])}),
+        json.dumps({"a": entry(0, 0, [2**62] * 300_000)}),
+    ],
+    ids=["lists", "objects", "text", "numbers"],
+)
+def test_a_header_that_is_meant_to_harm_is_refused_at_once(text, tmp_path):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    begun = time.process_time()
+    with pytest.raises(InputError, match="is not a complete safetensors file"):
+        open_file(path)
+    assert time.process_time() - begun < 5
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # How many images are normalised together. Their activations at one layer are in memory at the same time, so
 # the number is bounded; it is fixed, not an option, so that results do not depend on the machine.
 JOINT = 512
+# For a network whose layers cannot be measured.
+WAY_OUT = "restore with `mode: moments`, which needs no images, or with `mode: none`"
 
 Settle = Callable[[str, Measured], Channels]
 
@@ -164,7 +166,9 @@ class _Lockstep:
         arrived = [stop for stop in stops if stop is not None]
         name = arrived[0][0]
         if len(arrived) != len(stops) or any(found != name for found, _ in arrived):
-            raise RunError("the network takes another way for some images, so its layers have no common statistics")
+            raise RunError(
+                "the network takes another way for some images, so its layers have no common statistics", hint=WAY_OUT
+            )
         mine = [images for _, images in arrived] if self.counted else []
         measured = summed(across_processes(mine))
         self.measured.setdefault(name, []).append(measured)
@@ -176,7 +180,10 @@ class _Lockstep:
 
         here = getcurrent()
         if here not in self._passes:
-            raise RunError("a layer is met outside the passes that measure it, perhaps in threads of the network's own")
+            raise RunError(
+                "a layer is met outside the passes that measure it, perhaps in threads of the network's own",
+                hint=WAY_OUT,
+            )
         with self._plainly():  # the modes of a pass are its own
             here.parent.switch((name, measure(inputs[0])))
 
