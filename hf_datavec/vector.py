@@ -208,6 +208,10 @@ def refuse_nonfinite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raise InputError when a tensor holds NaN or infinite values, and say how many."""
     import torch
 
+    # A sum shows them, and takes no memory. Where it is not finite, which finite values that are too large together
+    # cause as well, each value is looked at, and that takes as much memory as the tensor and more.
+    if math.isfinite(float(tensor.sum())):
+        return
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         count = int((~finite).sum())

@@ -24,6 +24,7 @@ from hf_datavec.methods import all_methods, as_matrix
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
 from hf_datavec.selection import magnitudes, sample, streamed
+from hf_datavec.vector import refuse_nonfinite
 
 WEIGHTS = "model.safetensors"
 # Those that need no more than vectors; the others have tests of their own, with what sites push and what is learned.
@@ -459,3 +460,22 @@ def test_a_result_with_nan_in_a_vector_is_refused_by_the_survey_too(sites):
     plan = planned(sites, ["site-1", "site-nan"], method="ties")
     with pytest.raises(InputError, match=r"'site-nan': tensor 'conv_stem.weight' has 1 NaN"):
         next(fuse.run(plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_values_are_refused_that_are_not_finite_and_none_that_are(dtype):
+    largest = torch.finfo(dtype).max
+    refuse_nonfinite(torch.tensor([largest, largest, -1.0], dtype=dtype), "fc.weight", "site-a")  # their sum is not
+    for values in ([math.inf, -math.inf, 1.0], [largest, largest, math.inf, math.nan], [math.nan, math.nan]):
+        count = sum(not math.isfinite(value) for value in values)
+        with pytest.raises(InputError, match=f"has {count} NaN or infinite values of {len(values)}"):
+            refuse_nonfinite(torch.tensor(values, dtype=dtype), "fc.weight", "site-a")
+
+
+def test_looking_for_values_that_are_not_finite_takes_no_memory():
+    values = torch.ones(2**20)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        refuse_nonfinite(values, "fc.weight", "site-a")
+    taken = [one.cpu_memory_usage for one in seen.events() if one.cpu_memory_usage > 0]
+    assert taken  # the sum
+    assert sum(taken) < 2**10
