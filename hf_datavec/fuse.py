@@ -114,22 +114,23 @@ def _tasks(
     plan: Plan, step: Step, survey: Survey, device: torch.device | str, into: Array | None
 ) -> Iterator[Task[Piece]]:
     """What has to be computed for one tensor, piece by piece."""
-    count, length = len(plan.contributions), math.prod(step.record.shape)
+    length = math.prod(step.record.shape)
     if not step.is_merged:
         yield Task(partial(_kept, plan, step), step.record.nbytes)
         return
     sites = survey.sites(plan, step)
     if step.role is Role.HEAD:
-        yield Task(partial(_fused_head, plan, step, sites, device), step.peak_bytes(count))
+        yield Task(partial(_fused_head, plan, step, sites, device), plan.bound(step), step.result_bytes)
         return
     if step.is_whole:
-        yield Task(partial(_measured, plan, step, sites, device, into), step.peak_bytes(count))
+        yield Task(partial(_measured, plan, step, sites, device, into), plan.bound(step), step.result_bytes)
         return
     combine = ready(step.method, step.options, (), sites, key=step.name, seed=plan.recipe.merge.seed)
     combining = _Combining(plan, step, sites, device, combine, into)
+    bound = plan.bound(step)
     for start in range(0, max(1, length), PIECE):
         where = range(start, min(start + PIECE, length))
-        yield Task(partial(combining.piece, where), step.peak_bytes(count))
+        yield Task(partial(combining.piece, where), bound, step.result_bytes)
 
 
 def _sums(
@@ -150,7 +151,7 @@ def _sums(
             # What is not finite is told by those who make all other methods.
             return found or next(itertools.islice(_tasks(plan, step, survey, device, into), number, None)).compute()
 
-        yield Task(compute, step.peak_bytes(len(plan.contributions)))
+        yield Task(compute, plan.bound(step), step.result_bytes)
 
 
 def _kept(plan: Plan, step: Step) -> Piece:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_datavec import selection
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.combine import needs_whole, slice_length
 from hf_datavec.headers import ITEM_BYTES
@@ -78,23 +79,50 @@ class Step:
     @property
     def is_whole(self) -> bool:
         """Whether the tensor is handled as a whole: it is a head, or its method looks at all of it."""
-        measured = (self.method.kind == "site" or self.method.ranks is not None) and not self.surveys
-        return self.is_merged and (needs_whole(self.method) or self.role is Role.HEAD or measured)
+        return self.is_merged and (self._combines_all or self._measures)
 
-    def peak_bytes(self, sites: int) -> int:
-        """A bound on the memory that the tensor takes, or one piece of it where it is not handled as a whole."""
+    @property
+    def _combines_all(self) -> bool:
+        return needs_whole(self.method) or self.role is Role.HEAD
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the tensor is measured first, and then combined slice by slice."""
+        return (self.method.kind == "site" or self.method.ranks is not None) and not self.surveys
+
+    def ranks(self, length: int) -> tuple[int, ...]:
+        """The ranks whose magnitudes its method asks for, of vectors of a length."""
+        ranks = self.method.ranks
+        return ranks(length, **self.method.chosen(self.options)) if ranks else ()
+
+    @property
+    def result_bytes(self) -> int:
+        """What the result takes, or one piece of it where the tensor is not handled as a whole."""
+        if not self.is_merged or self.is_whole:
+            return self.record.nbytes
+        return min(math.prod(self.record.shape), PIECE) * ITEM_BYTES[self.record.dtype]
+
+    def peak_bytes(self, sites: int, computed: int) -> int:
+        """A bound on the memory that the tensor takes, or one piece of it where it is not handled as a whole.
+
+        Of the sites' vectors so many are `computed` from models; the others are files that are mapped.
+        """
         values = math.prod(self.record.shape)
         if not self.is_merged:
             return self.record.nbytes
         # Of each value n float32 rows, their float64 copies when they are clipped or differences, the method's own, and
         # the combination, the base and the result in float64.
         each = sites * (4 + 8 + 8 * self.method.copies) + 3 * 8
-        if not self.is_whole:
-            return min(values, PIECE) * ITEM_BYTES[self.record.dtype] + min(values, slice_length(sites)) * each
-        matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
-        # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
-        beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0
-        return values * (ITEM_BYTES[self.record.dtype] + each) + beside
+        if self._combines_all:
+            matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
+            # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
+            beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0
+            return self.result_bytes + values * each + beside
+        # What measures is done before slices are combined.
+        most = min(values, slice_length(sites)) * each
+        if self._measures:
+            most = max(most, selection.memory(values, len(self.ranks(values))))
+        return self.result_bytes + most + (4 * values * computed if self._measures else 0)
 
 
 @dataclass(frozen=True)
@@ -152,8 +180,13 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """A bound on the memory of the merge itself beyond mapped files: some pieces, or a tensor of all sites."""
-        sizes = [step.peak_bytes(len(self.contributions)) for step in self.steps]
+        sizes = [self.bound(step) for step in self.steps]
         return max([min(sum(sizes), MOST_BYTES), *sizes])
+
+    def bound(self, step: Step) -> int:
+        """A bound on the memory that one tensor takes, or a piece of it."""
+        computed = sum(isinstance(one.source, TunedDifferences) for one in self.contributions)
+        return step.peak_bytes(len(self.contributions), computed)
 
 
 def _records(contribution: Contribution) -> tuple[Record, ...]:

@@ -1,9 +1,9 @@
 """Exact magnitudes at given ranks of long float32 vectors, in linear time and bounded memory, without sorting.
 
-The bits of a float without its sign, read as a number, have the order of the magnitudes. A sample of the vector guesses
-where a rank lies; one pass over the vector counts every bit pattern around there, and how many values lie above. When
-the guess was wrong, which those counts tell, two more passes find the rank by histograms over the upper and then the
-lower half of the bits.
+The bits of a float without its sign, read as a number, have the order of the magnitudes. A sample of the vector tells
+between which two magnitudes a rank lies; one pass over the vector keeps the values between them, or counts their bit
+patterns where they are many, and counts how many values lie above. When the sample was wrong, which those numbers tell,
+two more passes find the rank by histograms over the upper and then the lower half of the bits.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     Parts = Callable[[slice], Array]
 
 LOWER = 16  # bits; the 31 bits of a magnitude fall into halves of 2^15 and 2^16 bins
-# Up to here selecting directly is faster than going through so many bins; a slice of a longer vector, too.
+# Up to here selecting directly is faster than looking at a sample first.
 SHORT = 2**15
-# Bit patterns counted around a guess: magnitudes up to 1.6 % smaller or larger, for the fewest digits of a mantissa.
+# The largest slices that a caller reads a vector in, and the bytes of a value.
+SLICE, ITEM = 2**17, 4
+# A rank lies so many standard errors of the sample's ranks around the sample's, twice what chance allows, since
+# neighbours are alike.
+ERRORS = 8
+# Values between two magnitudes that are kept; when there are more, they are counted.
+TOGETHER = 2**18
+# Bit patterns that can be counted: magnitudes up to 1.6 % smaller or larger, for the fewest digits of a mantissa.
 AROUND = 2**18
-# Values around a guess that are counted in one go, since each time costs a walk over all bins.
-TOGETHER = 2**20
-# Of a vector one value in this many is looked at for the guess, and no more than so many.
+LARGEST = 2**31 - 1
+# Of a vector one value in this many is looked at first, and no more than so many.
 SPARSE, MOST = 64, 2**22
 # Neighbours that are looked at together, since reading one value reads the memory page that it lies on.
 CLUSTER = 1024
@@ -47,21 +53,21 @@ def magnitudes(values: Array, ranks: Sequence[int]) -> list[float]:
         return [float(sizes[place]) for place in places]
 
     def slices() -> Iterator[Array]:
-        for start in range(0, length, SHORT):
-            yield values[start : start + SHORT]
+        for start in range(0, length, SLICE):
+            yield values[start : start + SLICE]
 
     return streamed(slices, sample([(length, values.__getitem__)], length), ranks, length)
 
 
 def streamed(slices: Slices, some: Array, ranks: Sequence[int], length: int) -> list[float]:
-    """The magnitudes at some ranks of a vector that is read slice by slice, once if `some` of it guess them well.
+    """The magnitudes at some ranks of a vector that is read slice by slice, once if `some` of it tell where they lie.
 
     A rank beyond the last is the last; magnitudes of an empty vector are zero.
     """
     if not length:
         return [0.0] * len(ranks)
     wanted = [min(max(1, rank), length) for rank in ranks]
-    around = [Around(guess(some, rank, length)) for rank in wanted]
+    around = brackets(some, wanted, length)
     for values in slices():
         bits = _bits(values)
         for one in around:
@@ -88,53 +94,89 @@ def sample(tensors: Iterable[tuple[int, Parts]], length: int) -> Array:
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
-def guess(some: Array, rank: int, length: int) -> int:
-    """The bits of about the magnitude that has a rank in a vector, from a sample of it."""
-    place = len(some) - round((rank - 0.5) / length * len(some))
-    place = min(max(1, place), len(some)) - 1
-    bits = _bits(some)
-    bits.partition(place)
-    return int(bits[place])
+def brackets(some: Array, ranks: Sequence[int], length: int) -> list[Bracket]:
+    """Two magnitudes for each rank in a vector of a length, between which it lies, as `some` of its values tell."""
+    bits, count = _bits(some), len(some)
+    places, margins = [], []
+    for rank in ranks:
+        above = min(1.0, (rank - 0.5) / length)
+        places.append(min(max(1, count - round(above * count)), count) - 1)
+        margins.append(ERRORS * (1 + round((count * above * (1 - above)) ** 0.5)))
+    lowest = [place - margin for place, margin in zip(places, margins, strict=True)]
+    highest = [place + margin for place, margin in zip(places, margins, strict=True)]
+    bits.partition(sorted({place for place in (*lowest, *places, *highest) if 0 <= place < count}))
+    found = []
+    for low, place, high in zip(lowest, places, highest, strict=True):
+        first = int(bits[low]) if low >= 0 else 0
+        last = int(bits[high]) if high < count else LARGEST
+        if last - first >= AROUND and (high - low) * length > TOGETHER * count:
+            first = max(0, int(bits[place]) - AROUND // 2)
+            last = min(first + AROUND - 1, LARGEST)
+        found.append(Bracket(first, last))
+    return found
 
 
-class Around:
-    """How often each bit pattern around a guess occurs, and how many values are larger."""
+def memory(length: int, ranks: int) -> int:
+    """A bound on the bytes that finding the magnitudes at so many ranks of a vector takes beside the vector."""
+    if length <= SHORT:
+        return 2 * ITEM * length
+    some = ITEM * (length // max(SPARSE, length // MOST) + CLUSTER)
+    kept = min(length, TOGETHER + SLICE)
+    # Of each rank its counts and the values that are kept; of one of them these put together, their places among the
+    # patterns as numbers of 8 bytes, counts of these and sums of counts; and a slice.
+    counting = ranks * (8 * AROUND + ITEM * kept) + 16 * kept + 2 * 8 * AROUND + 24 * min(length, SLICE)
+    return some + max(some, counting)
 
-    def __init__(self, bits: int) -> None:
-        import numpy as np
 
-        self._first = max(0, bits - AROUND // 2)
+class Bracket:
+    """The values of a vector between two magnitudes, and how many are larger; magnitudes are given as bits."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self._first, self._last = first, last
         self._larger = 0
-        self._counts: Counts = np.zeros(AROUND, np.int64)
-        self._waiting: list[Bits] = []
+        self._kept: list[Bits] = []
         self._held = 0
+        self._counts: Counts | None = None
+        self._too_many = False
 
     def count(self, bits: Bits) -> None:
+        """See some more values of the vector."""
         import numpy as np
 
-        larger = bits >= self._first + AROUND
+        if self._too_many:
+            return
+        larger = bits > self._last
         self._larger += int(np.count_nonzero(larger))
-        around = bits >= self._first
-        around ^= larger
-        self._waiting.append(bits[np.flatnonzero(around)])
-        self._held += len(self._waiting[-1])
+        between = bits >= self._first
+        between ^= larger
+        self._kept.append(bits[np.flatnonzero(between)])
+        self._held += len(self._kept[-1])
         if self._held >= TOGETHER:
-            self._count_waiting()
+            self._count_kept()
 
-    def _count_waiting(self) -> None:
+    def _count_kept(self) -> None:
         import numpy as np
 
-        if self._waiting:
-            self._counts += np.bincount(np.concatenate(self._waiting) - self._first, minlength=AROUND)
-            self._waiting, self._held = [], 0
+        self._too_many = self._last - self._first >= AROUND
+        if self._held and not self._too_many:
+            counts = np.bincount(np.concatenate(self._kept) - self._first, minlength=AROUND)
+            self._counts = counts if self._counts is None else np.add(self._counts, counts, out=self._counts)
+        self._kept, self._held = [], 0
 
     def find(self, rank: int) -> int | None:
-        """The bits at a rank, or None when they are not around."""
-        self._count_waiting()
-        if not self._larger < rank <= self._larger + int(self._counts.sum()):
+        """The bits at a rank, or None when they are not between, or there were too many to keep."""
+        import numpy as np
+
+        if self._counts is not None:
+            self._count_kept()
+        between = self._held if self._counts is None else int(self._counts.sum())
+        if self._too_many or not self._larger < rank <= self._larger + between:
             return None
-        place, _ = _find(self._counts, rank - self._larger)
-        return self._first + place
+        if self._counts is not None:
+            return self._first + _find(self._counts, rank - self._larger)[0]
+        kept, place = np.concatenate(self._kept), between - (rank - self._larger)
+        kept.partition(place)
+        return int(kept[place])
 
 
 def _by_halves(slices: Slices, ranks: Sequence[int]) -> Iterator[int]:

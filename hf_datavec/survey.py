@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blake3 import blake3
@@ -15,7 +16,7 @@ from hf_datavec.checkpoint import Role
 from hf_datavec.combine import Sites, inner_products, site_shares, slice_length
 from hf_datavec.plan import Contribution, Plan, Step
 from hf_datavec.progress import progress
-from hf_datavec.selection import sample, streamed
+from hf_datavec.selection import memory, sample, streamed
 from hf_datavec.threads import Task, in_order
 from hf_datavec.vector import TaskVector, refuse_nonfinite, rows_by_label
 from hf_datavec.writing import in_file_order
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]
 Result = TypeVar("Result")
-# Memory that measuring one vector takes: a sample of it twice, values around a guess, and counts of bit patterns.
-MEASURING = 48 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +104,23 @@ def take(plan: Plan) -> Survey:
     ranked = {key: step for key, step in steps.items() if step.method.ranks}
     norms: tuple[float, ...] = ()
     if plan.recipe.merge.clip is not None:
-        norms = tuple(_each_vector(plan, "survey, norms", _norm))
+        norms = tuple(_each_vector(plan, "survey, norms", _norm, lambda *_: 16 * slice_length(1)))
     factors = clip_factors(norms, plan.recipe.merge.clip) if norms else (1.0,) * count
     shares = _shares(plan, site, factors) if site else {}
     thresholds: dict[Key, tuple[tuple[float, ...], ...]] = {}
     if ranked:
-        found = list(_each_vector(plan, "survey, ranks", partial(_magnitudes, ranked)))
+        found = list(_each_vector(plan, "survey, ranks", partial(_magnitudes, ranked), partial(_memory, ranked)))
         for key in ranked:
             rows = [tuple(value * factor for value in one[key]) for one, factor in zip(found, factors, strict=True)]
             thresholds[key] = tuple(rows)
     return Survey(norms, factors, thresholds, shares)
 
 
-def _each_vector(plan: Plan, text: str, measure: Callable[[Plan, Contribution], Result]) -> Iterator[Result]:
-    """What is measured on each site's vector, several at a time."""
-    tasks = (Task(partial(measure, plan, one), MEASURING) for one in plan.contributions)
+def _each_vector(
+    plan: Plan, text: str, measure: Callable[[Plan, Contribution], Result], nbytes: Callable[[Plan, Contribution], int]
+) -> Iterator[Result]:
+    """A few numbers measured on each site's vector, several at a time; `nbytes` is the memory that takes."""
+    tasks = (Task(partial(measure, plan, one), nbytes(plan, one), 0) for one in plan.contributions)
     by_torch = not all(one.source.by_numpy for one in plan.contributions)
     yield from progress(in_order(tasks, by_torch=by_torch), text=text, total=len(plan.contributions), unit="vector")
 
@@ -133,18 +134,24 @@ def _norm(plan: Plan, one: Contribution) -> float:
 
 
 def _magnitudes(ranked: Mapping[Key, Step], plan: Plan, one: Contribution) -> dict[Key, list[float]]:
-    names = _names(plan)
-    length = sum(math.prod(plan.base.shape_with(name, one.labels)) for name in names)
-    ranks: list[int] = []
-    places = {}
-    for key, step in ranked.items():
-        assert step.method.ranks is not None
-        asked = step.method.ranks(length, **step.method.chosen(step.options))
-        places[key] = slice(len(ranks), len(ranks) + len(asked))
-        ranks += asked
+    names, length = _names(plan), _length(plan, one)
     some = sample((_parts(plan, one, name) for name in names), length)
-    found = streamed(lambda: _slices(plan, one, names, slice_length(1)), some, ranks, length)
-    return {key: found[place] for key, place in places.items()}
+    asked = {key: step.ranks(length) for key, step in ranked.items()}
+    found = iter(
+        streamed(lambda: _slices(plan, one, names, slice_length(1)), some, list(chain(*asked.values())), length)
+    )
+    return {key: list(islice(found, len(ranks))) for key, ranks in asked.items()}
+
+
+def _memory(ranked: Mapping[Key, Step], plan: Plan, one: Contribution) -> int:
+    """What finding these magnitudes takes."""
+    length = _length(plan, one)
+    return memory(length, sum(len(step.ranks(length)) for step in ranked.values()))
+
+
+def _length(plan: Plan, one: Contribution) -> int:
+    """How many values a site's whole vector has."""
+    return sum(math.prod(plan.base.shape_with(name, one.labels)) for name in _names(plan))
 
 
 def _names(plan: Plan) -> list[str]:
@@ -197,7 +204,7 @@ def _shares(plan: Plan, steps: Mapping[Key, Step], factors: Sequence[float]) -> 
 
     names, weights = _names(plan), [one.weight for one in plan.contributions]
     products = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-    tasks = (Task(partial(_products, plan, name), plan.base.records[name].nbytes * len(weights)) for name in names)
+    tasks = (Task(partial(_products, plan, name), plan.base.records[name].nbytes * len(weights), 0) for name in names)
     for found in progress(in_order(tasks), text="survey", total=len(names), unit="tensor"):
         products += found
     scaled = torch.tensor(factors, dtype=torch.float64)

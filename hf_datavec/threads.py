@@ -34,10 +34,16 @@ KEPT = {-1: 2**30, -4: 0}
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[Result]):
-    """Something to compute, and the memory that it takes until its result is let go."""
+    """Something to compute, the memory that it takes meanwhile, and what its result takes until it is let go."""
 
     compute: Callable[[], Result]
     nbytes: int
+    result_nbytes: int | None = None  # as much as it took, when nothing is said
+
+    @property
+    def left(self) -> int:
+        """What is taken when it is done."""
+        return self.nbytes if self.result_nbytes is None else self.result_nbytes
 
 
 def import_ahead(*modules: str) -> None:
@@ -105,22 +111,26 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_to
     before = torch.get_num_threads() if torch else allowed()
     count = threads or before
     pool = ThreadPoolExecutor(count, "tensors", partial(torch.set_num_threads, 1) if torch else None)
-    waiting: deque[tuple[int, Future[Result]]] = deque()
+    waiting: deque[tuple[Task[Result], Future[Result]]] = deque()
     taken = 0  # by the result that was handed over last, which is still somewhere in use
     try:
         for task in tasks:
-            while waiting and (
-                len(waiting) >= AHEAD * count or sum(held for held, _ in waiting) + taken + task.nbytes > MOST_BYTES
-            ):
-                taken, first = waiting.popleft()
+            while waiting and (len(waiting) >= AHEAD * count or _held(waiting) + taken + task.nbytes > MOST_BYTES):
+                done, first = waiting.popleft()
+                taken = done.left
                 yield first.result()
-            waiting.append((task.nbytes, pool.submit(task.compute)))
+            waiting.append((task, pool.submit(task.compute)))
         while waiting:
             yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
         if torch:
             torch.set_num_threads(before)  # what a thread sets is what later threads begin with
+
+
+def _held(waiting: Iterable[tuple[Task[Result], Future[Result]]]) -> int:
+    """The memory of tasks that run, and of results that nobody has taken yet."""
+    return sum(task.left if future.done() else task.nbytes for task, future in waiting)
 
 
 def allowed() -> int:

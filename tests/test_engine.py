@@ -172,6 +172,13 @@ def test_large_tasks_run_alone():
     assert max(most) == 1
 
 
+def test_tasks_that_leave_little_behind_make_room_for_the_next():
+    """Each of six meets another, which it could not while the result of one that is done counted for all it took."""
+    pairs = threading.Barrier(2, timeout=60)
+    for _ in in_order((Task(pairs.wait, MOST_BYTES // 2, 0) for _ in range(6)), threads=2):
+        pass
+
+
 def test_an_error_of_a_task_comes_in_its_turn():
     def fail() -> int:
         raise InputError("the third")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from networks import make_network, make_vector, save_with, tune, write_recipe
 from safetensors.torch import load_file, save_file
 
-from hf_datavec import fuse, survey
+from hf_datavec import fuse, selection, survey
 from hf_datavec.errors import InputError
 from hf_datavec.methods import all_methods, as_matrix
 from hf_datavec.pipeline.prepare import prepare
@@ -63,8 +64,15 @@ def test_a_vector_is_read_once_when_its_sample_is_like_it():
     found = streamed(slices, some, [400_000, 20_000], len(values))
     assert found == values.abs().sort(descending=True).values[[399_999, 19_999]].tolist()
     assert len(reads) == 1
+    # Where values are few between, and where they lie far apart, too.
+    wanted = [1, 3, 1_000_000, 1_820_000, 1_999_990, 2_000_000]
+    assert (
+        streamed(slices, some, wanted, len(values))
+        == values.abs().sort(descending=True).values[[rank - 1 for rank in wanted]].tolist()
+    )
+    assert len(reads) == 2
     assert streamed(slices, np.zeros(5, np.float32), [400_000], len(values)) == found[:1]
-    assert len(reads) == 4
+    assert len(reads) == 5
 
 
 def test_ranks_of_a_long_vector_are_streamed_and_exact():
@@ -72,6 +80,35 @@ def test_ranks_of_a_long_vector_are_streamed_and_exact():
     ordered = values.abs().sort(descending=True).values
     assert magnitudes(values.numpy(), [1, 777, 50_000]) == [float(ordered[rank - 1]) for rank in (1, 777, 50_000)]
     assert magnitudes(np.zeros(0, np.float32), [1]) == [0.0]
+
+
+def vectors_of(kind: str, length: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    values = random.standard_normal(length).astype(np.float32)
+    if kind == "coarse":
+        return values.round(1)
+    if kind == "sparse":
+        return np.where(random.random(length) < 0.3, values, np.float32(0))
+    if kind == "rows":
+        values *= np.repeat(10.0 ** random.integers(-6, 6, length // 500 + 1), 500)[:length]
+    return values
+
+
+@pytest.mark.parametrize("length", [70, 40_000, 300_000, 3_000_000])
+@pytest.mark.parametrize("kind", ["normal", "coarse", "sparse", "rows", "equal"])
+def test_ranks_take_no_more_memory_than_is_said(kind, length):
+    values = np.full(length, 0.5, np.float32) if kind == "equal" else vectors_of(kind, length)
+    ordered = np.sort(np.abs(values))[::-1]
+    ranks = [max(1, length // 100), max(1, length * 9 // 10)]
+    magnitudes(values[:10], [1])  # what numpy imports
+    tracemalloc.start()
+    try:
+        found = magnitudes(values, ranks)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [float(ordered[rank - 1]) for rank in ranks]
+    assert taken < selection.memory(length, 2) + 2**16
 
 
 # A small study whose sites can be hostile
