@@ -28,8 +28,10 @@ AHEAD = 3
 # How long a thread may keep the interpreter from one that has only little to ask of it: a tenth of what Python says.
 SWITCH_SECONDS = 0.0005
 # Of mallopt(3): what is freed is kept for the next tensors, up to a GiB, and not given back and asked for again, which
-# costs as much as a network's own arithmetic: M_TRIM_THRESHOLD and M_MMAP_MAX.
-KEPT = {-1: 2**30, -4: 0}
+# costs as much as a network's own arithmetic: M_TRIM_THRESHOLD and M_MMAP_MAX. And all threads have one memory, since
+# each would keep as much as the largest tensor took in it, and a thread's own has no room in one piece for such tensors:
+# M_ARENA_MAX.
+KEPT = {-1: 2**30, -4: 0, -8: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,8 @@ def without_collection() -> Iterator[None]:
 def tune_process() -> None:
     """Make a process that computes faster; for programs, since it changes all of the process.
 
-    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory of any size; other C libraries do
-    as they do.
+    Threads that hash hand the interpreter over sooner, and glibc keeps freed memory of any size, for all threads; other
+    C libraries do as they do.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.suppress(AttributeError, OSError):

@@ -80,18 +80,25 @@ def _della(
     """MagPrune: within each row a value's chance to stay grows evenly with the rank of its magnitude."""
     import torch
 
-    # Stable, so that equal magnitudes are ranked by their place and not by chance.
-    order = vectors.abs().argsort(dim=2, stable=True)
-    ranks = torch.empty_like(order).scatter_(
-        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
-    )
-    # A row of one value has no order; it stays by the middle chance.
-    last = order.shape[2] - 1
-    chances = density - epsilon + ranks.double() * (2 * epsilon / last) if last > 0 else ranks.double() + density
-    drawn = torch.stack([generator.uniform(vectors[0].numel()) for generator in generators]).view(vectors.shape)
-    values = vectors.double()
-    kept = torch.where(drawn.to(vectors.device) < chances, values / chances if rescale else values, 0.0)
-    return kept.flatten(1)
+    kept = torch.empty(len(vectors), vectors[0].numel(), dtype=torch.float64, device=vectors.device)
+    # Site by site, so that the orders and chances of no more than one are in memory.
+    for vector, generator, row in zip(vectors, generators, kept, strict=True):
+        # Stable, so that equal magnitudes are ranked by their place and not by chance.
+        order = vector.abs().argsort(dim=1, stable=True)
+        places = torch.arange(order.shape[1], device=order.device)
+        ranks = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+        del order
+        # A row of one value has no order; it stays by the middle chance.
+        last = len(places) - 1
+        chances = ranks.double()
+        del ranks
+        chances = chances.mul_(2 * epsilon / last).add_(density - epsilon) if last > 0 else chances.add_(density)
+        drawn = generator.uniform(vector.numel()).view(vector.shape).to(vector.device)
+        row.copy_(vector.reshape(-1))
+        if rescale:
+            row.div_(chances.view(-1))
+        row.masked_fill_((drawn >= chances).view(-1), 0.0)
+    return kept
 
 
 @method(
@@ -101,7 +108,6 @@ def _della(
     uses_weights=True,
     kind="matrix",
     refusal=_chance_out_of_range,
-    copies=6,
 )
 def della(
     vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]", density: Density = 0.5,
@@ -119,7 +125,6 @@ def della(
     uses_weights=True,
     kind="matrix",
     refusal=_chance_out_of_range,
-    copies=6,
 )
 def della_linear(
     vectors: "Tensor", weights: "Tensor", *, generators: "Sequence[Draws]", density: Density = 0.5,

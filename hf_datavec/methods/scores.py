@@ -1,6 +1,7 @@
 """Methods that score every value of a tensor against the others before they weigh it: sce, pcb."""
 
 # Without `from __future__ import annotations`, so that an option's range is an object, not text.
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hf_datavec.methods import method
@@ -25,28 +26,41 @@ def sce(vectors: "Tensor", weights: "Tensor", *, select_topk: Density = 1.0) -> 
     """The values on which sites differ most, weighed by their energy, where they agree with the sign of the sum."""
     import torch
 
-    wide, count = vectors.double(), len(vectors)
-    variances = (wide - weighted_sum(wide, [1 / count] * count)).square().mean(0)
-    if select_topk < 1 and wide.shape[1]:
+    count = len(vectors)
+    # Site by site, so that no more than a few float64 rows are in memory.
+    average = weighted_sum(vectors, [1 / count] * count)
+    variances = torch.zeros_like(average)
+    for vector in vectors:
+        variances.add_((vector - average).square_())
+    chosen = None
+    if select_topk < 1 and len(average):
         changed = max(1, share(select_topk, int((variances > 0).sum())))
-        lowest = variances.kthvalue(len(variances) + 1 - changed).values
-        wide = torch.where(variances >= lowest, wide, 0.0)
-    largest = float(wide.abs().amax()) if wide.numel() else 0.0
+        chosen = variances >= variances.kthvalue(len(variances) + 1 - changed).values
+
+    def rows() -> "Iterator[Tensor]":
+        return (vector if chosen is None else vector * chosen for vector in vectors)
+
+    largest = max(float(row.abs().amax()) for row in rows()) if len(average) else 0.0
     if largest == 0:
-        return wide[0]
+        return average.zero_()
     # The square of a tiny value would vanish; only the ratios of the energies count.
-    energies = (wide / largest).square().mean(1)
-    elected = weighted_sum(wide, [1.0] * count).sign()
-    same = wide.sign() == elected
-    divisor = weighted_sum(same, energies.tolist())
-    total = weighted_sum(wide * same, energies.tolist())
-    return torch.where((divisor > 0) & (elected != 0), total / divisor, 0.0)
+    energies = [float((row.double() / largest).square_().mean()) for row in rows()]
+    total, divisor = average.zero_(), variances.zero_()
+    for row in rows():
+        total.add_(row)
+    elected = total.sign().to(vectors.dtype)
+    total.zero_()
+    for row, energy in zip(rows(), energies, strict=True):
+        same = row.sign() == elected
+        divisor.add_(same, alpha=energy)
+        total.add_(row * same, alpha=energy)
+    return total.div_(divisor).masked_fill_((divisor <= 0) | (elected == 0), 0.0)
 
 
 def _stretched(values: "Tensor") -> "Tensor":
-    """Each row brought to 0..1; a row of equal values to 0."""
-    least, most = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-    return (values - least) / (most - least).where(most > least, 1.0)
+    """A row brought to 0..1, in its place; a row of equal values to 0."""
+    least, most = values.amin(), values.amax()
+    return values.sub_(least).div_((most - least).where(most > least, 1.0))
 
 
 @method(
@@ -55,7 +69,6 @@ def _stretched(values: "Tensor") -> "Tensor":
     source="arXiv 2410.02396 (PCB-Merging), as in its code",
     uses_weights=False,
     kind="tensor",
-    copies=8,
 )
 def pcb(vectors: "Tensor", weights: "Tensor", *, ratio: Density = 0.1) -> "Tensor":
     """The values that are large in their vector and fit the others', averaged by how much they are and do."""
@@ -63,18 +76,22 @@ def pcb(vectors: "Tensor", weights: "Tensor", *, ratio: Density = 0.1) -> "Tenso
 
     if vectors.shape[1] == 0:
         return vectors[0].double()
-    wide, (count, length) = vectors.double(), vectors.shape
-    sizes = wide.abs()
-    cut = int(OUTLIERS * length)
-    least = sizes.kthvalue(cut + 1, dim=1, keepdim=True).values
-    most = sizes.kthvalue(length - cut, dim=1, keepdim=True).values
-    sizes = sizes.clamp(least, most)
-    fits = (wide * weighted_sum(wide, [1.0] * count)).tanh()
-    scores = (count * _stretched(sizes).square()).exp() * fits
-    lowest = scores.kthvalue(length + 1 - max(1, share(ratio, length)), dim=1, keepdim=True).values
-    kept = scores.clamp(min=lowest) - lowest
-    # Where all that are kept score alike, they count alike.
-    alike = (scores.amax(1, keepdim=True) == lowest) & (scores == lowest)
-    kept = torch.where(alike, 1.0, _stretched(kept))
-    total, divisor = weighted_sum(wide.sign() * sizes * kept, [1.0] * count), weighted_sum(kept, [1.0] * count)
-    return torch.where(divisor > 0, total / divisor, 0.0)
+    count, length = vectors.shape
+    cut, kept_values = int(OUTLIERS * length), max(1, share(ratio, length))
+    together = weighted_sum(vectors, [1.0] * count)
+    total, divisor = torch.zeros_like(together), torch.zeros_like(together)
+    # Site by site, so that no more than a few float64 rows are in memory.
+    for vector in vectors:
+        sizes = vector.double().abs_()
+        sizes = sizes.clamp_(sizes.kthvalue(cut + 1).values, sizes.kthvalue(length - cut).values)
+        fits = (vector * together).tanh_()
+        scores = _stretched(sizes.clone()).square_().mul_(count).exp_().mul_(fits)
+        lowest = scores.kthvalue(length + 1 - kept_values).values
+        # Where all that are kept score alike, they count alike.
+        alike = (scores == lowest) if bool(scores.amax() == lowest) else None
+        kept = _stretched(scores.clamp_(min=lowest).sub_(lowest))
+        if alike is not None:
+            kept.masked_fill_(alike, 1.0)
+        divisor.add_(kept)
+        total.add_(sizes.mul_(vector.sign()).mul_(kept))
+    return total.div_(divisor).masked_fill_(divisor <= 0, 0.0)
