@@ -5,9 +5,8 @@
 Each method has a process of its own, that starts its libraries and reads the headers first. Measured is from there on,
 with all threads of torch: measuring the vectors where the method asks for it, and combining them; what is combined
 is let go, so nothing is written. Memory is how much of it that is not file pages (RssAnon) is added, looked at every
-2 ms. Methods that learn, or that need more than vectors
-from the sites, are left out; `wudi` takes `--steps`. Networks are
-those of `bench/speed.py`.
+2 ms. Methods that learn, or that need more than vectors from the sites, are left out; `wudi` takes `--steps`. Networks
+are those of `bench/speed.py`.
 """
 
 from __future__ import annotations

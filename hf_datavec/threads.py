@@ -29,7 +29,7 @@ AHEAD = 3
 SWITCH_SECONDS = 0.0005
 # Of mallopt(3): what is freed is kept for the next tensors, up to a GiB, and not given back and asked for again, which
 # costs as much as a network's own arithmetic: M_TRIM_THRESHOLD and M_MMAP_MAX. And all threads have one memory, since
-# each would keep as much as the largest tensor took in it, and a thread's own has no room in one piece for such tensors:
+# each would keep as much as its largest tensor took, and a thread's own has no room in one piece for such tensors:
 # M_ARENA_MAX.
 KEPT = {-1: 2**30, -4: 0, -8: 1}
 
@@ -121,13 +121,25 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_to
                 done, first = waiting.popleft()
                 taken = done.left
                 yield first.result()
-            waiting.append((task, pool.submit(task.compute)))
+            alone = task.nbytes > MOST_BYTES
+            waiting.append((task, pool.submit(_given_back, task.compute) if alone else pool.submit(task.compute)))
         while waiting:
             yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
         if torch:
             torch.set_num_threads(before)  # what a thread sets is what later threads begin with
+
+
+def _given_back(compute: Callable[[], Result]) -> Result:
+    """What a large task computes; what it has freed lies between what is in use, and is given back for the next."""
+    try:
+        return compute()
+    finally:
+        with contextlib.suppress(AttributeError, OSError):
+            import ctypes
+
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _held(waiting: Iterable[tuple[Task[Result], Future[Result]]]) -> int:
