@@ -163,8 +163,11 @@ def test_clipped_vectors_give_what_shorter_vectors_give(name, data, shape, seed)
     method, options = applied(name, {}, shape)
     sites = Sites((1.0,) * count, tuple(f"site {index}" for index in range(count)), tuple(factors))
     combined = ready(method, options, list(vectors), sites, key="fc.weight")
-    whole = combined(shortened.double().reshape(count, shortened[0].numel()), 0).reshape(shape)
+    wide = shortened.double().reshape(count, shortened[0].numel())
+    before = wide.clone()
+    whole = combined(wide, 0).reshape(shape)
     torch.testing.assert_close(whole, found, rtol=1e-9, atol=1e-12)
+    assert torch.equal(wide, before)
 
 
 @pytest.mark.parametrize("name", METHODS)

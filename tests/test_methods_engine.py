@@ -499,7 +499,9 @@ def test_a_result_with_nan_in_a_vector_is_refused_by_the_survey_too(sites):
         next(fuse.run(plan))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_values_are_refused_that_are_not_finite_and_none_that_are(dtype):
     largest = torch.finfo(dtype).max
     refuse_nonfinite(torch.tensor([largest, largest, -1.0], dtype=dtype), "fc.weight", "site-a")  # their sum is not

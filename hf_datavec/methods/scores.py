@@ -82,7 +82,7 @@ def pcb(vectors: "Tensor", weights: "Tensor", *, ratio: Density = 0.1) -> "Tenso
     total, divisor = torch.zeros_like(together), torch.zeros_like(together)
     # Site by site, so that no more than a few float64 rows are in memory.
     for vector in vectors:
-        sizes = vector.double().abs_()
+        sizes = vector.abs().double()  # never the vector itself, which is float64 when it is clipped
         sizes = sizes.clamp_(sizes.kthvalue(cut + 1).values, sizes.kthvalue(length - cut).values)
         fits = (vector * together).tanh_()
         scores = _stretched(sizes.clone()).square_().mul_(count).exp_().mul_(fits)
