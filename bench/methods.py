@@ -23,25 +23,23 @@ from typing import Any
 from speed import NETWORKS, machine, make, spread
 
 PROGRAM = """
-import json, sys, threading, time
+import json, os, sys, threading, time
 from pathlib import Path
 import numpy, torch
+sys.path.insert(0, sys.argv[2])
+from speed import anonymous
 from hf_datavec import fuse, survey
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.threads import tune_process
 
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
 def watch():
     while not done.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
+        peak[0] = max(peak[0], anonymous(os.getpid()))
 
 tune_process()
 plan = prepare(Path(sys.argv[1])).plan
 torch.linalg.svd(torch.eye(8))  # what torch starts when it is first asked for one
-before, done = anonymous(), threading.Event()
+before, done = anonymous(os.getpid()), threading.Event()
 peak = [before]
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -51,7 +49,7 @@ for _ in fuse.pieces(plan, survey=survey.take(plan)):
 seconds = time.monotonic() - begun
 done.set()
 watcher.join()
-print(json.dumps({"seconds": seconds, "memory": max(peak[0], anonymous()) - before, "bound": plan.peak_bytes}))
+print(json.dumps({"seconds": seconds, "memory": max(peak[0], anonymous(os.getpid())) - before, "bound": plan.peak_bytes}))
 """
 
 
@@ -102,7 +100,7 @@ def measured(folder: Path, name: str, options: argparse.Namespace) -> dict[str, 
     merge = {"method": name, "options": {"steps": options.steps} if name == "wudi" else {}}
     vectors = [{"vector": f"./vector-{number}", "name": f"site-{number}"} for number in range(options.vectors)]
     (folder / "methods.yaml").write_text(json.dumps({"base": "./base", "vectors": vectors, "merge": merge}), "utf-8")
-    command = [sys.executable, "-c", PROGRAM, "methods.yaml"]
+    command = [sys.executable, "-c", PROGRAM, "methods.yaml", str(Path(__file__).parent)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed: {done.stderr}")

@@ -121,8 +121,8 @@ def in_order(tasks: Iterable[Task[Result]], *, threads: int | None = None, by_to
                 done, first = waiting.popleft()
                 taken = done.left
                 yield first.result()
-            alone = task.nbytes > MOST_BYTES
-            waiting.append((task, pool.submit(_given_back, task.compute) if alone else pool.submit(task.compute)))
+            compute = partial(_given_back, task.compute) if task.nbytes > MOST_BYTES else task.compute
+            waiting.append((task, pool.submit(compute)))
         while waiting:
             yield waiting.popleft()[1].result()
     finally:

@@ -208,10 +208,10 @@ def refuse_nonfinite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raise InputError when a tensor holds NaN or infinite values, and say how many."""
     import torch
 
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:  # which torch neither adds nor compares
+        tensor = tensor.float()
     # A sum shows them, and takes no memory. Where it is not finite, which finite values that are too large together
     # cause as well, each value is looked at, and that takes as much memory as the tensor and more.
-    short = tensor.dtype.itemsize == 1 and tensor.is_floating_point()  # which torch neither adds nor compares
-    tensor = tensor.float() if short else tensor
     if math.isfinite(float(tensor.sum())):
         return
     finite = torch.isfinite(tensor)
