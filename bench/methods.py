@@ -49,7 +49,8 @@ for _ in fuse.pieces(plan, survey=survey.take(plan)):
 seconds = time.monotonic() - begun
 done.set()
 watcher.join()
-print(json.dumps({"seconds": seconds, "memory": max(peak[0], anonymous(os.getpid())) - before, "bound": plan.peak_bytes}))
+memory = max(peak[0], anonymous(os.getpid())) - before
+print(json.dumps({"seconds": seconds, "memory": memory, "bound": plan.peak_bytes}))
 """
 
 
