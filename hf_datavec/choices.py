@@ -40,6 +40,8 @@ def _planned(merge: Merge) -> str:
 def method_errors(merge: Merge, sites: Sequence[tuple[str, float]]) -> Iterator[InputError]:
     """Why the methods cannot merge these sites, given by name and weight."""
     for name in used(merge):
+        if "features" in all_methods()[name].from_sites:
+            continue  # images count alike, whatever the weights that other tensors are combined by
         if not all_methods()[name].uses_weights and len({weight for _, weight in sites}) > 1:
             given = ", ".join(f"{site}: {weight:g}" for site, weight in sites)
             hint = "use method: linear, or leave the weights out"

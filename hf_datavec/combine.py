@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.draws import Draws
-from hf_datavec.methods import Method
+from hf_datavec.methods import LIKE_VECTORS, Method
 from hf_datavec.methods.linear import weighted_sum
 from hf_datavec.selection import magnitudes
 
@@ -59,7 +59,7 @@ class Sites:
     def at_rows(self, places: Sequence[int]) -> Sites:
         """The same sites for some rows of a head."""
         rows = {
-            kind: tuple(value[list(places)] for value in found) if kind == "fisher" else found
+            kind: tuple(value[list(places)] for value in found) if kind in LIKE_VECTORS else found
             for kind, found in self.beside.items()
         }
         return replace(self, beside=rows)
@@ -94,9 +94,9 @@ def ready(
         chosen["thresholds"] = torch.tensor(
             sites.thresholds or thresholds(method, chosen, rows, sites.factors), dtype=torch.float64
         )
-    # Fisher information has one value per weight, so it is flattened as the vectors are.
+    # What has one value per weight is flattened as the vectors are.
     beside = {
-        kind: torch.stack([value.reshape(-1) if kind == "fisher" else value for value in sites.beside[kind]])
+        kind: torch.stack([value.reshape(-1) if kind in LIKE_VECTORS else value for value in sites.beside[kind]])
         for kind in sites.beside
         if method.asks_for(kind)
     }

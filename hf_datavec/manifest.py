@@ -90,7 +90,7 @@ class Manifest(_Part):
     noise: StatisticsNoise | None = None
     norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tensors: dict[str, TensorEntry]
-    second_moments: dict[Literal["fisher", "gram"], SecondMoment] | None = None
+    second_moments: dict[Literal["fisher", "gram", "features"], SecondMoment] | None = None
     # The merges behind the base, when it was fused in an earlier round.
     lineage: tuple[Round, ...] | None = Field(default=None, strict=False)
     tools: dict[str, str]

@@ -117,6 +117,9 @@ class Step:
             matrix = as_matrix(self.record.shape) if "gram" in self.method.from_sites else None
             # The sites' Gram matrices and their stack, and in float64 their sum, a factor and a copy of one.
             beside = matrix[1] ** 2 * (2 * 4 * sites + 3 * 8) if matrix else 0
+            if "features" in self.method.from_sites and len(self.record.shape) > 1:
+                # Sums of all sites and of some, their decomposition, and what it works in, in float64.
+                beside = (self.record.shape[1] + 1) ** 2 * 8 * (sites + 6)
             return self.result_bytes + values * each + beside
         # What measures is done before slices are combined.
         most = min(values, slice_length(sites)) * each

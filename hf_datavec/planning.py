@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from hf_datavec import lineage
+from hf_datavec import lineage, pooled_heads
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.choices import chosen, first_match, method_errors, override_errors, used
 from hf_datavec.errors import InputError, listed, raise_all
@@ -43,7 +43,7 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     notes = tuple(_notes(recipe, checkpoint, sites))
     made = Plan(recipe, checkpoint, base, sites, labels, steps, notes)
     made = replace(made, coefficients=_locked_coefficients(made, contributions))
-    raise_all(_average_errors(made))
+    raise_all([*_average_errors(made), *pooled_heads.errors(made)])
     return made
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_datavec import models
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
+from hf_datavec.linear_head import SHARPNESS
 from hf_datavec.methods import all_methods
 from hf_datavec.progress import progress
 
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
 # large for a network is right, and some hundreds of steps reach its bottom on small data.
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
 BATCH = 64
-# What least squares aim at for an image's label, and zero for all others. The softmax of such outputs was about as sure
-# as right on PAD-UFES-20 (60 % right); where nearly all is right, as on the digits, 7.5 was (docs/evidence.md).
-TARGET = 3.0
+# What least squares aim at for an image's label, and zero for all others.
+TARGET = SHARPNESS
 
 
 def fit(
@@ -87,6 +87,30 @@ def fit_least_squares(network: models.Network, base: Checkpoint, images: ImageSe
             head.bias.zero_()
 
 
+def feature_sums(
+    network: models.Network, base: Checkpoint, images: ImageSet, labels: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """The sums of `linear_head.FeatureSums` over all images, by the names of its fields, a row for each of `labels`.
+
+    Features are what the head sees; the network is in evaluation mode, so images do not touch each other.
+
+    Raises: InputError as `fit`.
+    """
+    import torch
+
+    head = _head(network, base)
+    rows, length = torch.tensor(images.label_rows(labels)), head.in_features + 1
+    products = torch.zeros(length, length, dtype=torch.float64)
+    by_label = torch.zeros(len(labels), length, dtype=torch.float64)
+    done = 0
+    for inputs in _inputs(network, head, images, text="features"):
+        extended = torch.nn.functional.pad(inputs.cpu().double(), (0, 1), value=1.0)
+        products += extended.T @ extended
+        by_label.index_add_(0, rows[done : done + len(inputs)], extended)
+        done += len(inputs)
+    return {"products": products, "by_label": by_label}
+
+
 def _head(network: models.Network, base: Checkpoint) -> Any:
     """The linear layer that the head's tensors belong to."""
     import torch
@@ -97,12 +121,14 @@ def _head(network: models.Network, base: Checkpoint) -> Any:
     if len(owners) > 1 or not isinstance(found, torch.nn.Linear):
         raise InputError(
             f"the head of '{base.folder}' is no single linear layer ({', '.join(owners)})",
-            hint="leave the linear probe out, or start from a network with one linear classifier",
+            hint="leave --probe-steps, --least-squares or --with features out, or start from one with a linear head",
         )
     return found
 
 
-def _inputs(network: models.Network, head: Any, images: ImageSet) -> Iterator[torch.Tensor]:
+def _inputs(
+    network: models.Network, head: Any, images: ImageSet, *, text: str = "linear probe"
+) -> Iterator[torch.Tensor]:
     """What the head sees of the images, batch by batch, shape (b, features)."""
     import torch
 
@@ -111,7 +137,7 @@ def _inputs(network: models.Network, head: Any, images: ImageSet) -> Iterator[to
     network.module.eval()
     try:
         starts = range(0, len(images), BATCH)
-        for start in progress(starts, text="linear probe", total=len(starts), unit="batch"):
+        for start in progress(starts, text=text, total=len(starts), unit="batch"):
             with torch.no_grad():
                 network.logits(images.tensors(network.preprocess, _some(len(images), start)))
             yield seen.pop().detach()

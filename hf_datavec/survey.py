@@ -15,6 +15,7 @@ from blake3 import blake3
 from hf_datavec.checkpoint import Role
 from hf_datavec.combine import Sites, inner_products, site_shares, slice_length
 from hf_datavec.plan import Contribution, Plan, Step
+from hf_datavec.pooled_heads import PooledHead, is_pooled, pooled
 from hf_datavec.progress import progress
 from hf_datavec.selection import memory, sample, streamed
 from hf_datavec.threads import Task, in_order
@@ -39,6 +40,8 @@ class Survey:
     factors: tuple[float, ...]
     thresholds: Mapping[Key, tuple[tuple[float, ...], ...]]
     shares: Mapping[Key, tuple[float, ...]]
+    # The head that follows from the sites' sums of features; no part of the digest, since vectors and plan decide it.
+    head: PooledHead | None = None
 
     @property
     def digest(self) -> str:
@@ -54,7 +57,7 @@ class Survey:
             self.factors,
             self.thresholds.get(_key(step)) if step.surveys else None,
             self.shares.get(_key(step)) if step.surveys else None,
-            _beside(plan, step),
+            _beside(plan, step, self.head),
         )
 
     def notes(self, plan: Plan) -> Iterator[str]:
@@ -66,12 +69,16 @@ class Survey:
         for (method, _), shares in self.shares.items():
             found = sorted(zip(names, shares, strict=True))
             yield f"{method} takes " + ", ".join(f"{name} x {share:.3g}" for name, share in found)
+        if self.head is not None:
+            yield self.head.note
 
 
-def _beside(plan: Plan, step: Step) -> dict[str, tuple[torch.Tensor, ...]]:
+def _beside(plan: Plan, step: Step, head: PooledHead | None) -> dict[str, tuple[torch.Tensor, ...]]:
     """Second moments that a tensor's method asks for, of a head with a row for each label, and its coefficients."""
     found: dict[str, tuple[torch.Tensor, ...]] = {}
-    for kind in step.method.from_sites:
+    if is_pooled(step) and head is not None:
+        found["features"] = (head.differences[step.name],) * len(plan.contributions)
+    for kind in (kind for kind in step.method.from_sites if kind != "features"):
         values = []
         for one in plan.contributions:
             assert isinstance(one.source, TaskVector)  # the plan has refused others
@@ -96,9 +103,9 @@ def take(plan: Plan) -> Survey:
 
     Raises: InputError for NaN or infinite values in a vector.
     """
-    count = len(plan.contributions)
+    count, head = len(plan.contributions), pooled(plan)
     if not plan.surveys:
-        return Survey((), (1.0,) * count, {}, {})
+        return Survey((), (1.0,) * count, {}, {}, head)
     steps = {_key(step): step for step in plan.steps if step.surveys}
     site = {key: step for key, step in steps.items() if step.method.kind == "site"}
     ranked = {key: step for key, step in steps.items() if step.method.ranks}
@@ -113,7 +120,7 @@ def take(plan: Plan) -> Survey:
         for key in ranked:
             rows = [tuple(value * factor for value in one[key]) for one, factor in zip(found, factors, strict=True)]
             thresholds[key] = tuple(rows)
-    return Survey(norms, factors, thresholds, shares)
+    return Survey(norms, factors, thresholds, shares, head)
 
 
 def _each_vector(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_datavec.card import LEAK_WARNING, metadata
 from hf_datavec.checkpoint import Role
 from hf_datavec.manifest import Manifest
-from hf_datavec.second_moments import HEAD, WHAT, file_name
+from hf_datavec.second_moments import HEAD, REVEALED, WHAT, file_name
 from hf_datavec.tables import markdown_table
 
 
@@ -69,9 +69,10 @@ def _second_moments_text(manifest: Manifest) -> str:
         f"* `{file_name(kind)}`: {HEAD if entry.only else WHAT[kind]}; of {entry.images} images.\n"
         for kind, entry in manifest.second_moments.items()
     ]
+    revealed = f"\n**{REVEALED}**\n" if "features" in manifest.second_moments else ""
     return (
-        "\n## Second moments\n\nFor the methods `fisher` and `regmean` the site shares more than "
-        "its vector. **These files summarise its private images.**\n\n" + "".join(lines)
+        "\n## Second moments\n\nFor the methods `fisher`, `regmean` and `ridge_head` the site shares more than "
+        "its vector. **These files summarise its private images.**\n\n" + "".join(lines) + revealed
     )
 
 

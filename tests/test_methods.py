@@ -28,7 +28,7 @@ EQUAL = {
     **dict.fromkeys(
         ("mean", "linear", "fedavg", "ties", "dare_ties", "della", "breadcrumbs_ties", "magmax", "emr", "median",
          "trimmed_mean", "geometric_median", "krum", "multi_krum", "model_stock", "slerp", "nuslerp", "karcher_mean",
-         "sce", "fisher", "regmean", "adamerging"),
+         "sce", "fisher", "regmean", "adamerging", "ridge_head"),
         lambda n: 1,
     ),
 }  # fmt: skip

@@ -71,6 +71,7 @@ def finetune(options: Namespace) -> None:
 def diff(options: Namespace) -> None:
     from hf_datavec.errors import InputError
     from hf_datavec.pipeline import site
+    from hf_datavec.pipeline.observing import Observed
     from hf_datavec.tables import table
     from hf_datavec.threads import numpy_on_one_thread
 
@@ -79,7 +80,7 @@ def diff(options: Namespace) -> None:
         raise InputError("--with and --images belong together", hint="for example --with fisher,gram --images ./ours")
     observed = None
     if options.images:
-        observed = site.Observed(
+        observed = Observed(
             options.second_moments, options.images, options.split, count=options.count, device=options.device
         )
     labels = tuple(_labels(options.labels)) if options.labels else None

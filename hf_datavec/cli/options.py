@@ -160,12 +160,21 @@ def _diff_and_push(actions: Commands) -> None:
         dest="second_moments",
         type=_kinds,
         default=(),
-        metavar="fisher,gram",
-        help="write second moments of the site's images beside the vector, for the methods fisher and regmean",
+        metavar="KINDS",
+        help="write second moments of the site's images beside the vector: some of fisher, gram, features, for the "
+        "methods fisher, regmean and ridge_head. features are sums of the untouched base's features over all images; "
+        "they show class counts, the mean feature of each class and, of few images, the features themselves",
     )
-    diff.add_argument("--images", metavar="IMAGES", help="the site's images for --with; labels are not looked at")
+    diff.add_argument(
+        "--images", metavar="IMAGES", help="the site's images for --with; labels count for features alone"
+    )
     diff.add_argument("--split", help="split of the data set")
-    diff.add_argument("--count", type=_positive, default=256, help="images for --with at most (default: %(default)s)")
+    diff.add_argument(
+        "--count",
+        type=_positive,
+        default=256,
+        help="images for fisher and gram at most; features take all (default: %(default)s)",
+    )
     _device(diff)
     _output(diff)
 
@@ -267,8 +276,8 @@ def _picture(text: str) -> Path:
 
 def _kinds(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(","))
-    if not set(found) <= {"fisher", "gram"} or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"expected fisher, gram or fisher,gram, got {text}")
+    if not set(found) <= {"fisher", "gram", "features"} or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected some of fisher, gram, features, each once, got {text}")
     return found
 
 

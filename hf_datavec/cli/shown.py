@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.recipe import WeightSearch
+from hf_datavec.second_moments import REVEALED
 from hf_datavec.tables import metric_rows, size, table
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
                 "roles": _roles(vector.manifest),
                 "statistics": vector.manifest.has_statistics,
                 "training": vector.manifest.training,
+                "second_moments": {kind: one.images for kind, one in (vector.manifest.second_moments or {}).items()},
                 "bytes": vector.tensors.nbytes,
             }
             for norm, (fetched, vector) in zip(found.norms, found.vectors, strict=True)
@@ -202,7 +204,18 @@ def inspection_text(found: Inspection) -> str:
     elif len(names) > 1:
         cosines = [(name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, found.cosines, strict=True)]
         text += "\n\n" + table(("cosine", *names), cosines)
-    return text
+    return text + "".join(
+        _shared(name, vector.manifest) for name, (_, vector) in zip(names, found.vectors, strict=True)
+    )
+
+
+def _shared(name: str, manifest: Manifest) -> str:
+    """What a vector brings beside it, in words."""
+    kinds: dict[str, int] = {kind: entry.images for kind, entry in (manifest.second_moments or {}).items()}
+    if not kinds:
+        return ""
+    text = ", ".join(f"{kind} of {images} images" for kind, images in sorted(kinds.items()))
+    return f"\n\n{name} shares more than its vector: {text}." + (f" {REVEALED}" if "features" in kinds else "")
 
 
 def _roles(manifest: Manifest) -> dict[str, int]:

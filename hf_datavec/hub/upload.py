@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # What a vector or model folder of ours holds. A closed list of names in the folder itself: whatever else lies
 # there, pictures above all, stays at home; so does `training.json`, which counts images.
 SENDABLE = (
-    "vector.safetensors", "fisher.safetensors", "gram.safetensors", "datavec.json", "config.json",
-    "preprocessor_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
+    "vector.safetensors", "fisher.safetensors", "gram.safetensors", "features.safetensors", "datavec.json",
+    "config.json", "preprocessor_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
     "model.safetensors.index.json", "README.md", "recipe.yaml", "recipe.lock.yaml", "search.json", "coefficients.json",
     "lineage.json",
     "evaluation.json", "cosines.png", "LICENSE", "LICENSE.txt", "LICENSE.md",

@@ -29,9 +29,14 @@ Kind = Literal["coordinate", "tensor", "matrix", "site"]
 # What is measured before combining: each tensor for itself, or the whole vector of a site.
 Scope = Literal["tensor", "vector"]
 # What the engine hands over beside vectors and weights to a function that names it.
-GIVEN = ("generators", "thresholds", "fisher", "gram", "coefficients")
+GIVEN = ("generators", "thresholds", "fisher", "gram", "features", "coefficients")
 # Of these, what sites push beside their vectors.
-FROM_SITES = {"fisher": "the sites' Fisher information", "gram": "the sites' Gram matrices"}
+FROM_SITES = {
+    "fisher": "the sites' Fisher information", "gram": "the sites' Gram matrices",
+    "features": "the sites' sums of features",
+}  # fmt: skip
+# Of these, what has a value for each value of the tensor, and so a row for each label of a head.
+LIKE_VECTORS = ("fisher", "features")
 _REGISTERED: dict[str, Method] = {}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hf_datavec import evaluate as evaluation
 from hf_datavec import models, processes, variants
+from hf_datavec import survey as surveys
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import DatavecError, InputError
 from hf_datavec.evaluate import Evaluation
@@ -137,7 +138,9 @@ def _combined(plan: Plan, path: Path, device: str, gram: Gram) -> Plan:
         base=nothing,
         steps=tuple(replace(step, record=record, scale=1.0) for step, record in zip(steps, layout, strict=True)),
     )
-    weights.write_files(bare, {path: layout}, device, gram, hashed=False)
+    # Measured with the base at hand, which a head from sums of features is a difference to.
+    survey = processes.together(lambda: surveys.take(plan))
+    weights.write_files(bare, {path: layout}, device, gram, hashed=False, survey=survey)
     source = Combination(plan.labels, open_file(path))
     whole = Contribution("combination", plan.base_fetched, source, 1.0, "")
     overrides = tuple(Override(tensors=one.tensors, scale=one.scale) for one in plan.recipe.merge.overrides)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hf_datavec import curvature, hub, second_moments, study_base, vector, vector_file
 from hf_datavec import finetune as training
+from hf_datavec import hub, study_base, vector, vector_file
 from hf_datavec import noise as noising
 from hf_datavec.card import licence
 from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
 from hf_datavec.errors import InputError
-from hf_datavec.images import ImageSet, evenly_spread, open_images
-from hf_datavec.manifest import MANIFEST_FILE, Manifest, SecondMoment, StatisticsNoise
+from hf_datavec.images import ImageSet, open_images
+from hf_datavec.manifest import MANIFEST_FILE, Manifest, StatisticsNoise
 from hf_datavec.models import largest_momentum, load, refuse_offloaded
 from hf_datavec.pipeline import device as devices
-from hf_datavec.progress import progress
-from hf_datavec.second_moments import Kind
+from hf_datavec.pipeline.observing import Observed, measured
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.tuned import open_tuned
 from hf_datavec.vector_card import vector_card
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
@@ -127,13 +122,13 @@ def diff(
             f"'{tuned}' does not say how many images it was trained on",
             hint="--share-counts needs the training.json that `hf-datavec finetune` writes",
         )
-    if observed is not None and not place.is_dir():
+    if observed is not None and observed.runs_tuned and not place.is_dir():
         hint = "give the folder with config.json and model.safetensors"
         raise InputError(f"'{tuned}' is a file; second moments are measured on a model that can be run", hint=hint)
     exact = vector.TunedDifferences(checkpoint, network)
     differences, noised = (exact, None) if noise is None else _noised(exact, noise, record, with_statistics)
     with staged(output) as folder:
-        beside = _second_moments(observed, place, exact, folder) if observed else None
+        beside = measured(observed, place, exact, folder) if observed else None
         manifest = vector_file.write(
             folder,
             differences,
@@ -146,68 +141,6 @@ def diff(
         )
         (folder / "README.md").write_text(vector_card(manifest, license=licence(fetched.folder)), "utf-8")
     return manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """Which second moments are measured, on how many images of which set at most."""
-
-    kinds: tuple[Kind, ...]
-    images: str | ImageSet
-    split: str | None = None
-    count: int = 256
-    device: devices.Device = "auto"
-
-
-def _second_moments(
-    wanted: Observed, place: Path, differences: vector.TunedDifferences, folder: Path
-) -> dict[Kind, SecondMoment]:
-    """Measure second moments on the site's images and write them beside the vector."""
-    base, tuned = differences.base, differences.tuned
-    names = base.named(Role.WEIGHT, Role.HEAD)
-    given = wanted.images
-    images = open_images(hub.parse(given), split=wanted.split) if isinstance(given, str) else given
-    count = min(wanted.count, len(images))
-    spread = evenly_spread(len(images), count)
-    network = load(place, device=devices.choose(wanted.device))
-    refuse_offloaded(network, "measuring second moments")
-    weights = curvature.parameters(network, {name: tuned.names[name] for name in names})
-    found: dict[Kind, SecondMoment] = {}
-    for kind in wanted.kinds:
-        bar = progress(range(count), text=kind, total=count, unit="image")
-
-        def pixels(indices: Sequence[int]) -> torch.Tensor:
-            return images.tensors(network.preprocess, [spread[index] for index in indices])
-
-        def notify(done: int, bar: Iterator[int] = bar) -> None:
-            for _ in range(done):
-                next(bar, None)
-
-        if kind == "fisher":
-            values = curvature.fisher(network, weights, pixels, count, notify=notify)
-        else:
-            # A round of heads moves nothing else, and what does not move is not weighed.
-            only = _is_head_alone(differences)
-            some = {name: value for name, value in weights.items() if not only or name in base.named(Role.HEAD)}
-            values = curvature.gram(network, some, pixels, count, notify=notify)
-            if only and count < len(images):
-                text = "warning: the Gram matrix is of %d of %d images; --count %d makes it that of all"
-                log.warning(text, count, len(images), len(images))
-        if kind == "fisher":  # no prediction depends on what is no parameter
-            values = {name: values.get(name, tuned.read(name).float() * 0) for name in names}
-        for name, value in sorted(values.items()):
-            vector.refuse_nonfinite(value, name, given if isinstance(given, str) else "the site's images")
-        found[kind] = second_moments.write(folder, kind, values, count)
-        if kind == "gram" and only:
-            found[kind] = found[kind].model_copy(update={"only": "head"})
-    return found
-
-
-def _is_head_alone(differences: vector.TunedDifferences) -> bool:
-    """Whether the tuned network differs from its base in nothing but the head, statistics included."""
-    base = differences.base
-    names = set(base.named(Role.WEIGHT, Role.STATISTIC)) & set(differences.tuned.names)
-    return all(bool((base.tensors.read(name) == differences.tuned.read(name)).all()) for name in sorted(names))
 
 
 def _noised(

@@ -82,12 +82,13 @@ def write_files(
     cached: bool = True,
     meanwhile: Callable[[], None] = _nothing,
     hashed: bool = True,
+    survey: Survey | None = None,
 ) -> list[tuple[Record, str]]:
     """Write what a plan makes into files; returns each record with the hash of its bytes, the same in every process.
 
     What nobody else will see need not be `hashed`: its hashes are empty then. With a `ledger` vectors are verified, and
     parts that an earlier run has entered are kept; what is not `cached` goes past the page cache; `meanwhile` is called
-    when tensors are about to be combined.
+    when tensors are about to be combined. `survey` is what was measured already.
     Files and parts are laid out before it is decided who writes what, and what is summed is summed part by part, so
     that no byte depends on the number of processes.
     """
@@ -95,7 +96,7 @@ def write_files(
     by_copies = ledger if ledger is not None and apart.suits(plan, device) else None
     if ledger is not None and by_copies is None:
         ledger.vectors.begin()
-    survey = processes.together(lambda: surveys.take(plan))
+    survey = survey or processes.together(lambda: surveys.take(plan))
     for note in survey.notes(plan):
         log.info("note: %s", note)
     claimed = processes.on_main(ledger.claimed) if ledger is not None else {}

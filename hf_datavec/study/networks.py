@@ -15,6 +15,7 @@ from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.finetune import Settings
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline import lock, site
+from hf_datavec.pipeline.observing import Observed
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO
@@ -128,7 +129,7 @@ class Seed:
             kept,
             with_statistics=has_statistics(base),
             share_counts=True,
-            observed=site.Observed(("gram",), own, count=len(own), device=device) if with_gram else None,
+            observed=Observed(("gram",), own, count=len(own), device=device) if with_gram else None,
         )
         shutil.rmtree(tuned)
         return kept
