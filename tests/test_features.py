@@ -320,7 +320,7 @@ def test_a_damaged_file_of_features_is_refused(shared, run):
     assert f"'{path}' does not fit its vector: 'by_label', 'products'" in refused(shared, run)
     save_file({**whole, "by_label": whole["by_label"][:2].clone()}, path)
     assert f"'{path}' does not fit its vector: 'by_label'" in refused(shared, run)
-    save_file({**whole, "more": whole["by_label"]}, path)
+    save_file({**whole, "more": whole["by_label"].clone()}, path)
     assert f"'{path}' does not fit its vector: 'more'" in refused(shared, run)
     save_file({"by_label": whole["by_label"]}, path)
     assert f"'{path}' does not fit its vector: 'products'" in refused(shared, run)
@@ -329,15 +329,16 @@ def test_a_damaged_file_of_features_is_refused(shared, run):
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "value", "message"),
+    ("wrong", "message"),
     [
-        ("products", (0, 1), float("nan"), "tensor 'products' has NaN or infinite values"),
-        ("by_label", (1, 2), float("inf"), "tensor 'by_label' has NaN or infinite values"),
-        ("products", (-1, -1), 13.0, "the products are of 13 images, the labels of 12, and the manifest says 12"),
-        ("by_label", (0, -1), 7.0, "the products are of 12 images, the labels of 15, and the manifest says 12"),
+        (("products", (0, 1), float("nan")), "tensor 'products' has NaN or infinite values"),
+        (("by_label", (1, 2), float("inf")), "tensor 'by_label' has NaN or infinite values"),
+        (("products", (-1, -1), 13.0), "the products are of 13 images, the labels of 12, and the manifest says 12"),
+        (("by_label", (0, -1), 7.0), "the products are of 12 images, the labels of 15, and the manifest says 12"),
     ],
 )
-def test_sums_that_are_those_of_no_images_are_refused(name, place, value, message, shared, run):
+def test_sums_that_are_those_of_no_images_are_refused(wrong, message, shared, run):
+    name, place, value = wrong
     path = shared / "site-a" / "features.safetensors"
     whole = load_file(path)
     whole[name][place] = value
