@@ -26,7 +26,7 @@ def sentences(results: Results) -> Iterator[str]:
     if pooled:
         share = _mean(merged) / _mean(pooled) if _mean(pooled) else math.nan
         difference = _difference(merged, pooled.text)
-        yield f"Against all data pooled it is {difference}; it has {100 * share:.0f} % of that accuracy."
+        yield f"Against '{pooled.text}' it is {difference}; it has {100 * share:.0f} % of that accuracy."
     if trivial.NAME in merged.differences:
         features = results.line(trivial.NAME).cell("accuracy")
         yield (

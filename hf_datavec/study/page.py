@@ -57,8 +57,8 @@ def _spread(results: Results) -> str:
     """What the bars' intervals are; two seeds tell none."""
     count = len(results.seeds)
     if count < FEWEST_SEEDS:
-        return " (95 % bootstrap interval over the test)" if count == 1 else ", mean of two seeds"
-    return f" (95 % interval over {count} seeds)"
+        return "\n(95 % bootstrap interval)" if count == 1 else "\n(mean of two seeds)"
+    return f"\n(95 % interval over {count} seeds)"
 
 
 FIGURES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,13 @@ class Line:
     def choice(self) -> str:
         """What stands in place of `auto`, each choice once; empty where nothing was left open."""
         some = [one for one in self.chosen if one]
-        names = dict.fromkeys(f"{one.method} x {one.scale:g}" for one in some)
+        scales: dict[str, list[float]] = {}
+        for one in some:
+            scales.setdefault(one.method, []).append(one.scale)
+        names = [f"{method} x {_span(found)}" for method, found in scales.items()]
         modes = dict.fromkeys(one.mode for one in some)
+        if names and self.text.startswith(names[0]):
+            names = []  # only the mode was left open
         return ", ".join(filter(None, (" or ".join(names), " or ".join(modes) if self.mode == "auto" else "")))
 
 
@@ -151,6 +156,13 @@ class Results:
     def write(self, folder: Path) -> None:
         """Write `results.json`."""
         (folder / RESULTS_FILE).write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def _span(values: Sequence[float]) -> str:
+    """A number as it is, several as the smallest and the largest."""
+    if len(set(values)) == 1:
+        return f"{values[0]:g}"
+    return f"{min(values):.3g} to {max(values):.3g}"
 
 
 def _row(line: Line) -> dict[str, Any]:
