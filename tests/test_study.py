@@ -336,6 +336,7 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
     # Two seeds are shown as they are; of their interval, 13 times their spread, nobody learns anything.
     assert "±" not in text
     assert re.search(r"\| sum x 0\.5, statistics \| [\d.]+ \([\d.]+, [\d.]+\) \|", text)
+    assert found["intervals"] is None
     assert all(row["mean"]["accuracy"]["low"] is None for row in found["rows"])
     for row in found["rows"]:
         assert row["pooled_images"]["low"] <= row["pooled_images"]["value"] <= row["pooled_images"]["high"]
@@ -545,6 +546,7 @@ def test_kept_recipes_give_their_rows_and_a_second_study_file_keeps_the_first_on
     assert {f"auto, {mode} on photographs" for mode in ("statistics", "tune", "auto")} < set(rows)
     assert rows["auto, statistics"]["seeds"] != rows["auto, statistics on photographs"]["seeds"]
     # A single seed has intervals over patients.
+    assert found["intervals"] == "groups of test images"
     for row in found["rows"]:
         accuracy = row["mean"]["accuracy"]
         assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]

@@ -74,11 +74,12 @@ def appendix(results: Results) -> tuple[Chapter, ...]:
 def legend(results: Results) -> str:
     """What the numbers of the tables are."""
     count = len(results.seeds)
+    chosen = " Behind a row's name stands what `auto` chose." if any(line.choice for line in results.lines) else ""
     if count == 1:
-        return f"In percent; in brackets the 95 % bootstrap interval over {results.images}."
+        return f"In percent; in brackets the 95 % bootstrap interval over {results.images}.{chosen}"
     if count == 2:
-        return "In percent, mean of two seeds; in brackets the value of each."
-    return f"In percent, mean over {count} seeds and the half-width of Student's 95 % interval."
+        return f"In percent, mean of two seeds; in brackets the value of each.{chosen}"
+    return f"In percent, mean over {count} seeds and the half-width of Student's 95 % interval.{chosen}"
 
 
 def _lines(title: str, paragraphs: tuple[str, ...], lines: Sequence[Line]) -> Chapter:

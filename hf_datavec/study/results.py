@@ -141,6 +141,8 @@ class Results:
             {
                 "settings": dict(self.settings),
                 "seeds": self.seeds,
+                # What the intervals of means are over; two seeds tell none.
+                "intervals": {1: "groups of test images", 2: None}.get(len(self.seeds), "seeds"),
                 "images": self.sizes,
                 "sites": self.sites,
                 "notes": self.notes,
