@@ -19,13 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import make_images, make_network
+from PIL import Image
 from ruamel.yaml import YAML
 
-from hf_datavec import models, study
+from hf_datavec import hub, models, study
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.errors import InputError, InputErrors
+from hf_datavec.images import open_images
 from hf_datavec.located import parse
-from hf_datavec.study import comparison, partition, pictures
+from hf_datavec.metrics import Estimate
+from hf_datavec.study import comparison, countdown, listing, partition, pictures, results, trivial
+from hf_datavec.study import run as run_module
 from hf_datavec.study.rounds import FEDAVG
 from hf_datavec.study.sections import Study
 
@@ -86,6 +90,12 @@ def test_everything_wrong_in_a_study_is_told_at_once_with_its_place():
         ("relay: {rounds: 2}\nbudgets: [rounds]", "budgets: 'rounds' are the epochs of all rounds of 'relay:'"),
         ("start: {}\ntraining: {probe_steps: 5}", "training.probe_steps: would throw away the heads of 'start:'"),
         ("relay: {heads: true}", "relay.heads: needs 'heads:'"),
+        ("more_public: [{name: Photos, images: ./x}]", "more_public[0].name: expected lower-case words"),
+        ("more_public: [{name: a, images: ./x}, {name: a, images: ./y}]", "more_public[1].name: 'a' is given twice"),
+        (
+            "more_public: [{name: a, images: ./x}]\nrestore: [none]",
+            "more_public: no mode of 'restore:' looks at images",
+        ),
         ("heads: {steps: 5, target: 5}", "heads.target: heads by steps aim at no output"),
     ],
 )
@@ -283,6 +293,7 @@ def write_study(folder: Path, **changed: object) -> None:
         "merges": [{"method": "sum", "scale": 0.5}, {"method": "ties"}],
         "restore": ["none", "statistics", "relative"],
         "curve": [0.0, 1.0],
+        "trivial": False,
         "federated": {"rounds": 2},
         "relay": {"rounds": 2},
         "heads": {"steps": 20, "rounds": 2},
@@ -293,9 +304,11 @@ def write_study(folder: Path, **changed: object) -> None:
 
 
 def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, run):
+    write_study(clinic, trivial=True)
     first = run("study", "study.yaml", "--device", "cpu")
     assert first.code == 0, first.err
     results = clinic / "results"
+    text = (results / "README.md").read_text()
     found = json.loads((results / "results.json").read_text())
     names = [row["name"] for row in found["rows"]]
     for name in (
@@ -303,10 +316,35 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
         "output ensemble of the sites", "all data pooled, equal epochs", "all data pooled, equal steps",
         "sum x 0.5, none", "ties x 1, relative", "random vectors, statistics", "FedAvg, 2 rounds, moments",
         "sum x 0.5, 2 rounds, statistics", "sum x 0.5, then heads, statistics", "heads alone, averaged",
-        "sum x 0.5, 2 rounds, then heads, statistics",
+        "sum x 0.5, 2 rounds, then heads, statistics", "trivial features, random forest",
+        "ensemble of the sites, logits", "ensemble of the sites, logits, statistics",
     ):  # fmt: skip
         assert name in names
-        assert f"| {name} |" in first.out
+        assert f"| {name} |" in text
+    # What matters comes first, and only that is printed.
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == [
+        "# Study", "## Settings", "## Conclusion", "## Rows that matter", "## Appendix", "### All other rows",
+        "### Random control", "### Paired tests on the same test images",
+    ]  # fmt: skip
+    assert all(f"| {name} |" in first.out for name in ("sum x 0.5, statistics", "trivial features, random forest"))
+    assert "sum x 0.5, none" not in first.out
+    # Every label has its brightness, which needs no network; the report says so.
+    trivial_row = found["rows"][names.index("trivial features, random forest")]
+    assert (trivial_row["kind"], trivial_row["seeds"]["accuracy"]) == ("control", [1.0, 1.0])
+    assert "A network that is not clearly above them may only use a shortcut." in text
+    # Two seeds are shown as they are; of their interval, 13 times their spread, nobody learns anything.
+    assert "±" not in text
+    assert re.search(r"\| sum x 0\.5, statistics \| [\d.]+ \([\d.]+, [\d.]+\) \|", text)
+    assert found["intervals"] is None
+    assert all(row["mean"]["accuracy"]["low"] is None for row in found["rows"])
+    for row in found["rows"]:
+        assert row["pooled_images"]["low"] <= row["pooled_images"]["value"] <= row["pooled_images"]["high"]
+        assert row["pooled_images"]["value"] == pytest.approx(np.mean(row["seeds"]["accuracy"]), abs=0.02)
+        pooled = row["differences"]["all data pooled, equal epochs"]["seeds"]
+        bar = found["rows"][names.index("all data pooled, equal epochs")]["seeds"]["accuracy"]
+        assert [one["value"] for one in pooled] == pytest.approx(np.subtract(row["seeds"]["accuracy"], bar))
+    assert re.search(r"seed 1: row \d+ of \d+ \(ties x 1, relative\), about \d+ s left", first.err)
     assert all(len(row["seeds"]["accuracy"]) == 2 for row in found["rows"])
     best, mean = (found["rows"][names.index(f"single site: {which}")]["seeds"] for which in ("best", "mean"))
     assert all(one >= other for one, other in zip(best["balanced_accuracy"], mean["balanced_accuracy"], strict=True))
@@ -318,7 +356,6 @@ def test_a_study_has_every_row_and_its_kept_vectors_give_the_same_table(clinic, 
     assert [curve["name"] for curve in curves["scales"]] == ["none", "statistics", "relative"]
     assert np.median(curves["drift"]["statistics"]) < np.median(curves["drift"]["none"])
     digests = {path: path.read_bytes() for path in sorted(results.rglob("vector.safetensors"))}
-    text = (results / "README.md").read_text()
     for kept in results.rglob("predictions/*"):
         kept.unlink()
     again = run("study", "study.yaml", "--device", "cpu")
@@ -335,7 +372,7 @@ def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
     )
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-3"
-    assert run("merge", folder / "recipes" / "ties_x_1.yaml", "-o", "fused").code == 0
+    assert run("merge", folder / "recipes" / "ties_x_1__none.yaml", "-o", "fused").code == 0
     assert_predicted_by(clinic / "fused", folder, "ties_x_1__none", clinic)
 
 
@@ -476,6 +513,10 @@ def test_heads_first_are_what_all_networks_of_a_seed_start_from(clinic, run):
     found = json.loads((results / "results.json").read_text())
     both = {"all data pooled, equal epochs", "all data pooled from the base, equal epochs"}
     assert both == {row["name"] for row in found["rows"] if row["kind"] == "pooled"}
+    # The head that random vectors keep has a row: here all heads are fitted to the base by as many steps.
+    alone = {row["name"]: row["seeds"] for row in found["rows"] if row["kind"] == "control"}
+    assert alone["start: averaged heads on the untouched base"] == alone["heads alone, averaged"]
+    assert "Random vectors keep the averaged head" in (results / "README.md").read_text()
     assert both <= {test["against"] for test in found["tests"] if test["row"] == "sum x 0.5, then heads, statistics"}
     recipe = {
         "base": str(results / "base"),
@@ -486,8 +527,132 @@ def test_heads_first_are_what_all_networks_of_a_seed_start_from(clinic, run):
     assert run("merge", "pooled.yaml", "-o", "pooled").code == 0
     assert_predicted_by(clinic / "pooled", folder, "all_data_pooled_from_the_base", clinic)
     # The recipe of a merge gives what the study has measured.
-    assert run("merge", folder / "recipes" / "sum_x_0.5.yaml", "-o", "fused").code == 0
+    assert run("merge", folder / "recipes" / "sum_x_0.5__none.yaml", "-o", "fused").code == 0
     assert_predicted_by(clinic / "fused", folder, "sum_x_0.5__none", clinic)
+
+
+def test_kept_recipes_give_their_rows_and_a_second_study_file_keeps_the_first_ones_results(clinic, run):
+    make_images(clinic / "photographs", each=8, seed=5)
+    make_images(clinic / "drawings", each=4, seed=6)
+    only = {"federated": None, "relay": None, "heads": None, "seeds": [0], "budgets": ["epochs"]}
+    merges = [{"method": "auto"}, {"method": "ties", "scale": 0.7}]
+    named = [{"name": "photographs", "images": "./photographs", "count": 20}]
+    write_study(clinic, **only, merges=merges, restore=["statistics", "tune", "auto"], more_public=named)
+    outcome = run("study", "study.yaml", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    results, folder = clinic / "results", clinic / "results" / "seed-0"
+    found = json.loads((results / "results.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {f"auto, {mode} on photographs" for mode in ("statistics", "tune", "auto")} < set(rows)
+    assert rows["auto, statistics"]["seeds"] != rows["auto, statistics on photographs"]["seeds"]
+    # A single seed has intervals over patients.
+    assert found["intervals"] == "groups of test images"
+    for row in found["rows"]:
+        accuracy = row["mean"]["accuracy"]
+        assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    chosen = rows["auto, auto"]["chosen"][0]
+    assert chosen["method"] == "sum"
+    assert 0 < chosen["scale"] <= 1
+    assert chosen["mode"] in ("statistics", "relative")
+    text = (results / "README.md").read_text()
+    assert f"| auto, auto ({chosen['method']} x {chosen['scale']:g}, {chosen['mode']}) |" in text
+    assert f"<td>auto, statistics (sum x {chosen['scale']:g})</td>" in (results / "report.html").read_text()
+    recipes = {"auto__auto": "__", "auto__tune_on_photographs": "_", "ties_x_0.7__statistics": "-"}
+    for number, (name, then) in enumerate(recipes.items()):
+        assert run("merge", folder / "recipes" / f"{name}.yaml", "-o", f"fused-{number}").code == 0
+        # What follows the name in the file tells the row from others that begin alike.
+        assert_predicted_by(clinic / f"fused-{number}", folder, f"{name}{then}", clinic)
+    # Another file of the same networks: other merges, other public images under the same name.
+    before = {path: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    named[0]["images"] = "./drawings"
+    write_study(clinic, **only, merges=[{"method": "mean"}], restore=["statistics"], more_public=named)
+    (clinic / "study.yaml").rename(clinic / "drawn.yaml")
+    again = run("study", "drawn.yaml", "--device", "cpu")
+    assert again.code == 0, again.err
+    assert "trains for" not in again.err
+    assert "results/drawn" in again.err
+    assert {path: path.read_bytes() for path in results.iterdir() if path.is_file()} == before
+    other = {row["name"] for row in json.loads((results / "drawn" / "results.json").read_text())["rows"]}
+    assert "mean x 1, statistics on photographs" in other
+    assert not any(name.startswith("auto") for name in other)
+    recipe = (folder / "recipes" / "drawn" / "mean_x_1__statistics_on_photographs.yaml").read_text()
+    assert str(clinic / "drawings") in recipe
+
+
+def test_a_folder_that_notes_no_study_file_down_belongs_to_the_next_one(clinic, run):
+    described = json.loads((write_note(clinic) / "study.json").read_text())
+    del described["study"]
+    (clinic / "results" / "study.json").write_text(json.dumps(described))
+    assert run_module._place_of("study", note(clinic, "study")) == ""
+    assert run_module._place_of("other", note(clinic, "other")) == "other"
+    assert run_module._place_of("seed-0", note(clinic, "seed-0")) == "study-seed-0"
+
+
+def note(clinic: Path, stem: str) -> str:
+    """The name of the study file that the folder of results was made for."""
+    chosen = study.load(clinic / "study.yaml")
+    table = pictures.open_table(chosen.data, clinic)
+    (clinic / "results").mkdir(exist_ok=True)
+    return run_module._note(chosen, table, None, clinic / "results", stem)
+
+
+def write_note(clinic: Path) -> Path:
+    note(clinic, "study")
+    return clinic / "results"
+
+
+def test_without_scikit_learn_the_row_of_trivial_features_is_left_out_and_the_report_says_so(clinic, run, monkeypatch):
+    monkeypatch.setattr(trivial, "available", lambda: False)
+    only = {"federated": None, "relay": None, "heads": None, "seeds": [0], "budgets": ["epochs"]}
+    write_study(clinic, **only, merges=[{"method": "mean"}], restore=["none"], trivial=True)
+    outcome = run("study", "study.yaml", "--device", "cpu")
+    assert outcome.code == 0
+    assert "trivial features, random forest |" not in outcome.out
+    assert 'pip install "hf-datavec[study]"' in outcome.out
+
+
+def test_trivial_features_are_colours_corners_black_borders_and_edges():
+    picture = Image.new("RGB", (128, 128), (200, 100, 50))
+    picture.paste((0, 0, 0), (0, 0, 64, 128))
+    found = trivial.of_picture(picture)
+    assert found.shape == (20,)
+    assert found[:3] == pytest.approx([100, 50, 25], abs=2)
+    assert found[6:9] == pytest.approx([0, 0, 0])
+    assert found[9:12] == pytest.approx([200, 100, 50])
+    assert found[18] == pytest.approx(0.5, abs=0.02)
+    assert found[19] > 0
+    assert trivial.of_picture(Image.new("RGB", (9, 9), (7, 7, 7)))[18:].tolist() == [1.0, 0.0]
+
+
+def test_the_forest_gives_a_label_that_no_site_has_no_probability(tmp_path):
+    images = open_images(hub.parse(str(make_images(tmp_path / "images", each=4))))
+    train = pictures.part(images, [place for place, label in enumerate(images.labels) if label != "dog"])
+    found = trivial.predicted(train, pictures.part(images, range(12)), ("cat", "dog", "owl"), seed=0)
+    assert found.sum(1) == pytest.approx(np.ones(12))
+    assert not found[:, 1].any()
+
+
+def test_the_ensemble_of_logits_is_the_softmax_of_the_mean_logits():
+    logits = np.random.default_rng(0).normal(0, 3, (3, 5, 4))
+    softmax = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+    mean = np.exp(logits.mean(0))
+    assert np.allclose(listing._mean_of_logits(list(softmax)), mean / mean.sum(1, keepdims=True))
+    certain = listing._mean_of_logits([np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])])
+    assert np.allclose(certain, 0.5)
+
+
+def test_cells_show_what_so_many_seeds_can_tell():
+    interval = Estimate(0.5, 0.4, 0.61)
+    assert results.cell(interval, (0.5,)) == "50.0 (40.0 to 61.0)"
+    assert results.cell(comparison.over_seeds([0.5, 0.6]), (0.5, 0.6)) == "55.0 (50.0, 60.0)"
+    assert results.cell(comparison.over_seeds([0.5, 0.5, 0.53]), (0.5, 0.5, 0.53)) == "51.0 ± 4.3"
+    assert [results.probability(p) for p in (0.00012, 0.001, 0.25)] == ["< 0.001", "0.001", "0.250"]
+
+
+def test_the_time_left_is_that_of_the_steps_that_are_work():
+    left = countdown.Countdown(3, begun=time.monotonic() - 200)
+    assert [left.step() for _ in range(3)] == ["about 7 min left", "about 2 min left", "the last one"]
+    assert [countdown.shown(seconds) for seconds in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
 
 
 def test_another_study_is_refused_in_the_same_folder(clinic, run):

@@ -226,14 +226,14 @@ def schema(options: Namespace) -> None:
 
 def run_study(options: Namespace) -> None:
     """Run a study, or what is left of it."""
+    from hf_datavec.study import document
     from hf_datavec.study.run import run
-    from hf_datavec.tables import markdown_table
 
     outcome = run(options.study, output=options.output, device=options.device)
     if options.json:
         return _say_json({"output": str(outcome.folder), **outcome.results.as_dict()})
-    _say(f"{outcome.results.markdown()}\n\n{markdown_table(*outcome.results.tested())}")
-    _say(f"\nreport: {_near(outcome.folder)}/report.html")
+    _say(document.markdown(document.findings(outcome.results)))
+    _say(f"\nreport with all rows and tests: {_near(outcome.folder)}/report.html")
 
 
 def list_vectors(options: Namespace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_datavec.metrics import CONFIDENCE, Estimate, weighted
+from hf_datavec.search import LESS_IS_BETTER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 NORMAL_975 = 1.959964
 RESAMPLES = 1000
+# Student's factor is 12.7 for two seeds: their interval is wider than most differences that a study is about.
+FEWEST_SEEDS = 3
 
 
 def student(freedom: int) -> float:
@@ -34,9 +37,9 @@ def student(freedom: int) -> float:
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean over seeds with Student's 95 % interval; of one seed the bare value, of which no interval is known."""
+    """The mean over seeds with Student's 95 % interval; one or two seeds tell no interval that is of any use."""
     mean = math.fsum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < FEWEST_SEEDS:
         return Estimate(mean, math.nan, math.nan)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     half = student(len(values) - 1) * spread / math.sqrt(len(values))
@@ -69,11 +72,11 @@ def paired(first: Floats, second: Floats, references: Integers, groups: Sequence
     """
     hit, other = first.argmax(1) == references, second.argmax(1) == references
     wins, losses = int((hit & ~other).sum()), int((other & ~hit).sum())
-    weights = _resampled(groups, seed)
+    weights = Resampling.of(groups, seed=seed).images
     each = [weighted(one, references, weights) for one in (first, second)]
     exact = [point(one, references) for one in (first, second)]
     differences = {
-        name: _interval(exact[0][name] - exact[1][name], each[0][name] - each[1][name])
+        name: interval(exact[0][name] - exact[1][name], each[0][name] - each[1][name])
         for name in ("accuracy", "balanced_accuracy")
     }
     return Paired(wins, losses, mcnemar(wins, losses), **differences)
@@ -86,28 +89,51 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, float(2 * tail / 2**total))
 
 
-def _resampled(groups: Sequence[str], seed: int) -> Floats:
-    """How often each image is drawn when whole groups are, shape (RESAMPLES, n)."""
+@dataclass(frozen=True)
+class Resampling:
+    """Test images drawn again, whole groups at a time: the group of each image, and how often each group is drawn.
+
+    Shapes: places (n,), draws (RESAMPLES, groups).
+    """
+
+    places: Integers
+    draws: Floats
+
+    @classmethod
+    def of(cls, groups: Sequence[str], *, seed: int) -> Resampling:
+        """Those of images with these groups."""
+        import numpy as np
+
+        names = sorted(set(groups))
+        place = {name: index for index, name in enumerate(names)}
+        draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+        return cls(np.array([place[group] for group in groups]), draws.astype(np.float64))
+
+    @property
+    def images(self) -> Floats:
+        """How often each image is drawn, shape (RESAMPLES, n)."""
+        return self.draws[:, self.places]
+
+    def mean(self, values: Floats) -> Estimate:
+        """The mean of one value for each image, shape (n,), with its bootstrap interval over groups."""
+        import numpy as np
+
+        sums, counts = np.bincount(self.places, values), np.bincount(self.places)
+        return interval(float(values.mean()), self.draws @ sums / (self.draws @ counts))
+
+
+def interval(value: float, spread: Floats) -> Estimate:
+    """A value with the 95 % percentile interval of its resamples (b,), NaN where none of them is defined."""
     import numpy as np
 
-    names = sorted(set(groups))
-    place = {name: index for index, name in enumerate(names)}
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    result: Floats = draws[:, [place[group] for group in groups]].astype(np.float64)
-    return result
-
-
-def _interval(value: float, spread: Floats) -> Estimate:
-    import numpy as np
-
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(spread, [tail, 1 - tail])
+    tail, known = (1 - CONFIDENCE) / 2, spread[~np.isnan(spread)]
+    low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (math.nan, math.nan)
     return Estimate(value, float(low), float(high))
 
 
 def best_of(sites: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The best single site by each metric on its own, the hardest bar there is; of the calibration error the least."""
-    return {name: (min if name == "ece" else max)(one[name] for one in sites) for name in sites[0]}
+    """The best single site by each metric on its own, the hardest bar there is."""
+    return {name: (min if name in LESS_IS_BETTER else max)(one[name] for one in sites) for name in sites[0]}
 
 
 def mean_of(sites: Sequence[Mapping[str, float]]) -> dict[str, float]:

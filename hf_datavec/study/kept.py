@@ -38,6 +38,10 @@ class Kept:
         loaded: Floats = np.load(place, allow_pickle=False)
         return loaded
 
+    def has(self, key: str) -> bool:
+        """Whether probabilities are kept under a key."""
+        return self._place(key, "npy").exists()
+
     def numbers(self, key: str, compute: Callable[[], Any]) -> Any:
         """Plain data that is kept under a key, computed if there is none."""
         place = self._place(key, "json")

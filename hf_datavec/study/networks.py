@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from hf_datavec.pipeline.observing import Observed
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO
-from hf_datavec.study.partition import POOLED, PUBLIC, TEST, Division, slug
+from hf_datavec.study.partition import POOLED, PUBLIC, TEST, Division
 from hf_datavec.study.pictures import Part, Table, part
 from hf_datavec.study.sections import Combining, Study
 from hf_datavec.tensors import MODEL_FILE, Record
@@ -33,13 +34,24 @@ START = "start"
 
 @dataclass(frozen=True)
 class Workplace:
-    """What all seeds share: the study, its images, the base, and where everything is kept."""
+    """What all seeds share: the study, its images, the base, and where everything is kept.
+
+    `elsewhere` are the public images where they are another data set; `others` are the named sets of `more_public:`.
+    `name` is the sub-folder of results and recipes: none for the study that the folder was made for.
+    """
 
     study: Study
     folder: Path
     table: Table
-    elsewhere: ImageSet | None  # public images of another data set
+    elsewhere: ImageSet | None
+    others: Mapping[str, ImageSet]
     device: str
+    name: str = ""
+
+    @property
+    def results(self) -> Path:
+        """Where tables, plots and the report go."""
+        return self.folder / self.name
 
     @property
     def base(self) -> Path:
@@ -64,6 +76,7 @@ class Seed:
     number: int
     division: Division
     parts: dict[str, Part] = field(default_factory=dict)
+    others: dict[str, Part] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -101,6 +114,20 @@ class Seed:
     def public(self) -> Part:
         return self.images(PUBLIC)
 
+    def shown(self, on: str) -> Part:
+        """The public images of a name of `more_public:`, of none those of `public:`."""
+        if not on:
+            return self.public
+        if on not in self.others:
+            found = self.place.others[on]
+            self.others[on] = part(found, range(len(found)))
+        return self.others[on]
+
+    def most(self, on: str) -> int:
+        """How many public images restoration looks at, at most."""
+        study = self.place.study
+        return next((one.count for one in study.more_public if one.name == on), study.public.count)
+
     def settings(self, *, share: float = 1.0, probe: bool = True) -> Settings:
         """How a network trains for a share of the study's epochs."""
         chosen = self.place.study.training.model_dump()
@@ -134,6 +161,10 @@ class Seed:
         shutil.rmtree(tuned)
         return kept
 
+    def has(self, name: str) -> bool:
+        """Whether the vector of a network is kept."""
+        return (self.folder / "vectors" / name).exists()
+
     def site_vectors(self) -> list[Path]:
         """The sites' vectors in the order of the sites."""
         return [self.vector(name, name, self.settings()) for name in self.sites]
@@ -141,26 +172,22 @@ class Seed:
     def plan(
         self, vectors: Sequence[Path], merge: Combining, *, base: Path | None = None, weights: Sequence[float] = ()
     ) -> Plan:
-        """The plan of a merge of kept vectors; the recipe of one over all sites on the study base is kept as well."""
-        entries: list[Any] = [f"../vectors/{path.relative_to(self.folder / 'vectors')}" for path in vectors]
+        """The plan of a merge of kept vectors, with what was chosen in place of `auto`."""
+        # The recipes that are kept for users are those of rows (`recipes`).
+        file = self.folder / ".recipe.yaml"
+        entries: list[Any] = [f"./{path.relative_to(self.folder)}" for path in vectors]
         if weights:
             entries = [{"vector": text, "weight": float(one)} for text, one in zip(entries, weights, strict=True)]
-        recipe = {
-            "base": _relative(base or self.base, self.folder),
-            "vectors": entries,
-            "merge": {
-                "method": merge.method,
-                **({} if merge.method == AUTO else {"scale": merge.scale, "options": merge.options}),
-                "weights": merge.weights,
-                "seed": self.number,
-            },
-        }
-        whole = not weights and base is None and len(vectors) == len(self.sites)
-        # Others (a single site, a later round) would take the name of the merge that users look for.
-        file = self.folder / "recipes" / (f"{slug(merge.name)}.yaml" if whole else ".part.yaml")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        start = os.path.relpath(base or self.base, self.folder)
+        recipe = {"base": f"./{start}", "vectors": entries, "merge": self.combining(merge)}
         file.write_text(lock.dump(recipe), "utf-8")
         return automatic.resolve(prepare(file).plan)[0]
+
+    def combining(self, merge: Combining) -> dict[str, Any]:
+        """A merge as a recipe says it."""
+        scale = {} if merge.method == AUTO else {"scale": merge.scale}
+        options = {"options": merge.options} if merge.options else {}
+        return {"method": merge.method, **scale, **options, "weights": merge.weights, "seed": self.number}
 
     def merged(self, plan: Plan) -> models.Network:
         """The shared network with the fused weights and the base's statistics."""
@@ -190,8 +217,3 @@ class Seed:
 def has_statistics(base: Path) -> bool:
     """Whether a model folder's network keeps BatchNorm statistics."""
     return open_checkpoint(base).has_statistics
-
-
-def _relative(base: Path, folder: Path) -> str:
-    inside = folder in base.parents
-    return f"../{base.relative_to(folder)}" if inside else "../../base"

@@ -6,21 +6,24 @@ import base64
 import html
 import json
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from hf_datavec.heatmap import plot_cosines
-from hf_datavec.metrics import METRICS
 from hf_datavec.report import BLUE, GREEN, GREY, ORANGE, Bar, Series, plot_bars, plot_lines
-from hf_datavec.study import curves
+from hf_datavec.study import curves, document
+from hf_datavec.study.comparison import FEWEST_SEEDS
+from hf_datavec.study.document import Chapter
 from hf_datavec.study.networks import Seed
-from hf_datavec.study.results import Results, cell
+from hf_datavec.study.results import Results
 from hf_datavec.study.rows import Measuring
 
 COLORS = {"fused": BLUE, "relay": BLUE, "federated": ORANGE, "ensemble": ORANGE, "pooled": GREEN}
 CURVES_FILE, PAGE_FILE = "curves.json", "report.html"
-STYLE = """body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}
+STYLE = """body{font:15px/1.5 sans-serif;max-width:66em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}.fused td{background:#e8f2f9}
+td:first-child,th:first-child,.plain td{text-align:left}
+div{overflow-x:auto}img{max-width:100%}.fused td{background:#e8f2f9}
 .pooled td{background:#e6f5f0}figcaption{color:#555}"""
 
 
@@ -30,11 +33,12 @@ def write(seeds: Sequence[Seed], results: Results, folder: Path) -> None:
     scales, between, drift = curves.over_scales(first), curves.between_sites(first), curves.drift(first)
     numbers = {"scales": curves.as_dict(scales), "between": curves.as_dict(between), "drift": drift}
     (folder / CURVES_FILE).write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
+    matter = [line for line in results.lines if line.matters]
     for metric in ("accuracy", "balanced_accuracy"):
-        bars = [Bar(line.text, line.estimate(metric), COLORS.get(line.kind, GREY)) for line in results.lines]
+        bars = [Bar(line.shown, line.estimate(metric), COLORS.get(line.kind, GREY)) for line in matter]
         name = metric.replace("_", " ")
-        axis = f"{name}, % (95 % interval over seeds {', '.join(map(str, results.seeds))})"
-        plot_bars(bars, folder / f"{metric}.png", title=f"Every row, {name}", axis=axis)
+        axis = f"{name}, %{_spread(results)}"
+        plot_bars(bars, folder / f"{metric}.png", title=f"Rows that matter, {name}", axis=axis)
     for name, found, x in (
         ("scales", scales, "scale of the sum: 0 is the base"),
         ("between", between, f"from {seeds[0].sites[0]} to {seeds[0].sites[1]}"),
@@ -49,9 +53,17 @@ def write(seeds: Sequence[Seed], results: Results, folder: Path) -> None:
     (folder / PAGE_FILE).write_text("\n".join(_page(results, folder)), "utf-8")
 
 
+def _spread(results: Results) -> str:
+    """What the bars' intervals are; two seeds tell none."""
+    count = len(results.seeds)
+    if count < FEWEST_SEEDS:
+        return "\n(95 % bootstrap interval)" if count == 1 else "\n(mean of two seeds)"
+    return f"\n(95 % interval over {count} seeds)"
+
+
 FIGURES = {
-    "accuracy": "Accuracy of every row.",
-    "balanced_accuracy": "Balanced accuracy of every row.",
+    "accuracy": "Accuracy of the rows that matter.",
+    "balanced_accuracy": "Balanced accuracy of the rows that matter.",
     "scales-accuracy": "Accuracy along the line from the base through the sum of the vectors, by restoration mode.",
     "scales-loss": "Loss along the same line.",
     "between-accuracy": "Accuracy along the line between two sites.",
@@ -63,22 +75,28 @@ FIGURES = {
 
 def _page(results: Results, folder: Path) -> Iterator[str]:
     yield "<!doctype html><html lang='en'><meta charset='utf-8'><title>hf-datavec study</title>"
+    yield "<meta name='viewport' content='width=device-width'>"
     yield f"<style>{STYLE}</style><h1>Study</h1>"
-    sizes = ", ".join(f"{name} {count}" for name, count in results.sizes[0].items())
-    yield f"<p>Images in the first seed: {html.escape(sizes)}. Percent, mean over seeds and the half-width of the 95 % "
-    yield "interval (Student's t). Curves, cosines and drift are of the first seed.</p>"
-    yield "<table><tr><th>row</th>" + "".join(f"<th>{name.replace('_', ' ')}</th>" for name in METRICS) + "</tr>"
-    for line in results.lines:
-        cells = "".join(f"<td>{cell(line.estimate(name))}</td>" for name in METRICS)
-        yield f"<tr class='{line.kind}'><td>{html.escape(line.text)}</td>{cells}</tr>"
-    yield "</table><h2>Paired tests on the same test images</h2>"
-    header, rows = results.tested()
-    yield "<table><tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in header) + "</tr>"
-    for row in rows:
-        yield "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
-    yield "</table>"
+    for chapter in (document.settings(results), *document.findings(results)):
+        yield from _chapter(chapter, "h2")
+    yield "<h2>Plots</h2><p>Curves, cosines and drift are of the first seed.</p>"
     for name, caption in FIGURES.items():
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         yield f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{picture}'>"
         yield f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    yield "<h2>Appendix</h2>"
+    for chapter in document.appendix(results):
+        yield from _chapter(chapter, "h3")
     yield "</html>"
+
+
+def _chapter(chapter: Chapter, heading: str) -> Iterator[str]:
+    yield f"<{heading}>{html.escape(chapter.title)}</{heading}>"
+    for text in chapter.paragraphs:
+        yield f"<p>{html.escape(text)}</p>"
+    if not chapter.rows:
+        return
+    yield "<div><table><tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in chapter.header) + "</tr>"
+    for row, kind in zip_longest(chapter.rows, chapter.kinds, fillvalue="plain"):
+        yield f"<tr class='{kind}'>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
+    yield "</table></div>"

@@ -12,7 +12,7 @@ from hf_datavec.located import Document, KeyPath, LocatedError
 from hf_datavec.methods import all_methods
 from hf_datavec.recipe import AUTO
 from hf_datavec.recipe.problems import LENGTHS_KNOWN, choice_problems, unknown_length, value_at
-from hf_datavec.study.sections import Combining, Study
+from hf_datavec.study.sections import LOOK_AT_IMAGES, Combining, Study
 
 
 def known_keys(path: KeyPath, _: Any) -> list[str]:
@@ -62,7 +62,18 @@ def sense_problems(document: Document, study: Study) -> Iterator[LocatedError]:
         yield document.problem(("public",), "needs either 'share:' or 'images:'", at="key", hint=hint)
     if (held.share or 0) + (study.public.share or 0) >= 1:
         yield document.problem(("public", "share"), "test and public images leave none for the sites")
+    yield from _public_problems(document, study)
     yield from _choice_problems(document, study)
+
+
+def _public_problems(document: Document, study: Study) -> Iterator[LocatedError]:
+    names = [one.name for one in study.more_public]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield document.problem(("more_public", index, "name"), f"'{name}' is given twice")
+    if names and not set(study.restore) & set(LOOK_AT_IMAGES):
+        hint = f"add one of {', '.join(LOOK_AT_IMAGES)} to restore:, or leave the images out"
+        yield document.problem(("more_public",), "no mode of 'restore:' looks at images", at="key", hint=hint)
 
 
 def _site_problems(document: Document, study: Study) -> Iterator[LocatedError]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec import models, recalibrate
 from hf_datavec.images import evenly_spread
-from hf_datavec.recalibrate import Gaussian, Pictures, Sites
+from hf_datavec.recalibrate import Domain, Gaussian, Pictures, Sites
 from hf_datavec.recipe import Recalibrate
 from hf_datavec.study.pictures import Part
 
@@ -33,6 +33,11 @@ def pictures(images: Part, preprocess: Preprocess, count: int | None = None) -> 
     return Pictures(number, load, BATCH)
 
 
+def labelled(images: Part, known: Sequence[str]) -> bool:
+    """Whether tuning can go by labels: the public images have some, and the network knows them all."""
+    return images.label_column is not None and set(images.labels) <= set(known)
+
+
 @dataclass(frozen=True)
 class Restorer:
     """Public images and the sites that merges are made of."""
@@ -51,17 +56,25 @@ class Restorer:
         return pictures(self.public, models.preprocess(self.sites.base), self.count)
 
     @cached_property
+    def _domain(self) -> Domain:
+        return recalibrate.compare(self.sites, self._pictures)
+
+    @cached_property
     def automatic(self) -> str:
         """The mode that `auto` stands for."""
-        domain = recalibrate.compare(self.sites, self._pictures)
-        return recalibrate.automatic(self.sites.shared, everyone=True, domain=domain, images=True)
+        return recalibrate.automatic(self.sites.shared, everyone=True, domain=self._domain, images=True)
+
+    @property
+    def _before_tuning(self) -> str:
+        """Tuning starts from statistics that fit, as in a merge."""
+        return "relative" if self._domain.foreign and self.sites.shared else "statistics"
 
     def apply(self, network: models.Network, wanted: str) -> None:
         """Restore a network in place, by a mode of the recipe."""
         mode = self.automatic if wanted == "auto" else wanted
         if mode == "none" or not models.normalization_layers(network.module):
             return
-        recalibrate.assign(network, self._statistics(network, "statistics" if mode == "tune" else mode))
+        recalibrate.assign(network, self._statistics(network, self._before_tuning if mode == "tune" else mode))
         if mode == "tune":
             self._tune(network)
 
@@ -73,8 +86,7 @@ class Restorer:
 
     def _tune(self, network: models.Network) -> None:
         chosen, count = Recalibrate().tuning, self._pictures.count
-        labelled = self.public.label_column is not None and set(self.public.labels) <= set(network.labels)
-        rows = self.public.label_rows(network.labels) if labelled else None
+        rows = self.public.label_rows(network.labels) if labelled(self.public, network.labels) else None
         some = [rows[index] for index in evenly_spread(len(rows), count)] if rows else None
         recalibrate.tune(
             network,

@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_datavec.metrics import METRICS, Estimate
-from hf_datavec.study import rounds
-from hf_datavec.study.comparison import Paired, best_of, mean_of, over_seeds, paired, point
-from hf_datavec.study.networks import Seed
-from hf_datavec.study.rows import Measuring, Row
-from hf_datavec.tables import markdown_table
+from hf_datavec.study.comparison import FEWEST_SEEDS, Paired, over_seeds
+from hf_datavec.study.rows import Chosen
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+RESULTS_FILE = "results.json"
 
-    Floats = NDArray[np.float64]
 
-log = logging.getLogger(__name__)
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """By how much a line's accuracy is above a bar's: in each seed, and over the test images of all seeds together.
 
-RESULTS_FILE, TABLE_FILE = "results.json", "README.md"
+    All intervals are bootstrap intervals over groups of images.
+    """
+
+    seeds: tuple[Estimate, ...]
+    pooled: Estimate
+
+    @property
+    def estimate(self) -> Estimate:
+        """The difference with its interval: Student's over seeds where they are enough, else over groups."""
+        if len(self.seeds) < FEWEST_SEEDS:
+            return self.pooled
+        return over_seeds([one.value for one in self.seeds])
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a metric's value in each seed, by the metric's name."""
+    """One line of the table: a metric's value in each seed, by the metric's name.
+
+    `images` are the intervals of a single seed over groups of images, `pooled` is the accuracy on the test images of
+    all seeds together, `differences` are those of the accuracy to each bar.
+    """
 
     text: str
     kind: str
+    mode: str
+    matters: bool
     values: Mapping[str, tuple[float, ...]]
+    images: Mapping[str, Estimate]
+    pooled: Estimate
+    differences: Mapping[str, Difference]
+    chosen: tuple[Chosen | None, ...] = ()
 
     def estimate(self, metric: str) -> Estimate:
-        """Its mean over seeds with the 95 % interval."""
-        return over_seeds(self.values[metric])
+        """Its mean over seeds with the 95 % interval: over groups for one seed, Student's from three seeds on."""
+        return self.images[metric] if self.images else over_seeds(self.values[metric])
+
+    def cell(self, metric: str) -> str:
+        """The same in percent, as tables show it."""
+        return cell(self.estimate(metric), self.values[metric])
+
+    @property
+    def shown(self) -> str:
+        """Its name, with what stands in place of `auto`."""
+        return f"{self.text} ({self.choice})" if self.choice else self.text
+
+    @property
+    def choice(self) -> str:
+        """What stands in place of `auto`, each choice once; empty where nothing was left open."""
+        some = [one for one in self.chosen if one]
+        scales: dict[str, list[float]] = {}
+        for one in some:
+            scales.setdefault(one.method, []).append(one.scale)
+        names = [f"{method} x {_span(found)}" for method, found in scales.items()]
+        modes = dict.fromkeys(one.mode for one in some)
+        if names and self.text.startswith(names[0]):
+            names = []  # only the mode was left open
+        return ", ".join(filter(None, (" or ".join(names), " or ".join(modes) if self.mode == "auto" else "")))
 
 
 @dataclass(frozen=True)
@@ -63,16 +101,22 @@ class Results:
     lines: tuple[Line, ...]
     tests: tuple[Test, ...]
     sizes: tuple[Mapping[str, int], ...]
+    sites: Mapping[str, tuple[float, ...]]  # the accuracy of each site's own network
+    settings: tuple[tuple[str, str], ...]
+    groups: str  # the column of groups, such as patients
+    default: str  # the merge that conclusions are about
+    first_mode: str
+    start: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> str:
+        """What bootstrap intervals are over, in words."""
+        return "the test images" + (f", those of one {self.groups} together" if self.groups else "")
 
     def line(self, text: str) -> Line:
         """The line of a name."""
         return next(line for line in self.lines if line.text == text)
-
-    def markdown(self) -> str:
-        """The table: percent, mean over seeds and the half-width of its 95 % interval."""
-        header = ("row", *(name.replace("_", " ") for name in METRICS))
-        rows = [(line.text, *(cell(line.estimate(name)) for name in METRICS)) for line in self.lines]
-        return markdown_table(header, rows)
 
     def tested(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The tests as header and rows: difference of means in points, seeds won, p of each seed."""
@@ -84,7 +128,7 @@ class Results:
                     for name in ("accuracy", "balanced_accuracy")
                 ),
                 f"{one.won} of {len(one.seeds)}",
-                ", ".join(f"{found.p:.3g}" for found in one.seeds),
+                ", ".join(probability(found.p) for found in one.seeds),
             )
             for one in self.tests
         ]
@@ -95,17 +139,14 @@ class Results:
         """The same as plain data for JSON."""
         found: dict[str, Any] = _plain(
             {
+                "settings": dict(self.settings),
                 "seeds": self.seeds,
+                # What the intervals of means are over; two seeds tell none.
+                "intervals": {1: "groups of test images", 2: None}.get(len(self.seeds), "seeds"),
                 "images": self.sizes,
-                "rows": [
-                    {
-                        "name": line.text,
-                        "kind": line.kind,
-                        "seeds": line.values,
-                        "mean": {name: asdict(line.estimate(name)) for name in METRICS},
-                    }
-                    for line in self.lines
-                ],
+                "sites": self.sites,
+                "notes": self.notes,
+                "rows": [_row(line) for line in self.lines],
                 "tests": [
                     {"row": one.text, "against": one.against, "seeds": [asdict(found) for found in one.seeds]}
                     for one in self.tests
@@ -115,10 +156,28 @@ class Results:
         return found
 
     def write(self, folder: Path) -> None:
-        """Write `results.json` and the tables."""
+        """Write `results.json`."""
         (folder / RESULTS_FILE).write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
-        text = f"# Results\n\nPercent, mean over seeds {list(self.seeds)} and the half-width of its 95 % interval.\n\n"
-        (folder / TABLE_FILE).write_text(f"{text}{self.markdown()}\n\n{markdown_table(*self.tested())}\n", "utf-8")
+
+
+def _span(values: Sequence[float]) -> str:
+    """A number as it is, several as the smallest and the largest."""
+    if len(set(values)) == 1:
+        return f"{values[0]:g}"
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+def _row(line: Line) -> dict[str, Any]:
+    return {
+        "name": line.text,
+        "kind": line.kind,
+        "matters": line.matters,
+        "seeds": line.values,
+        "mean": {name: asdict(line.estimate(name)) for name in METRICS},
+        "pooled_images": asdict(line.pooled),
+        "differences": {name: asdict(one) for name, one in line.differences.items()},
+        **({"chosen": [one and asdict(one) for one in line.chosen]} if any(line.chosen) else {}),
+    }
 
 
 def _plain(data: Any) -> Any:
@@ -129,88 +188,20 @@ def _plain(data: Any) -> Any:
     return None if isinstance(data, float) and math.isnan(data) else data
 
 
-def cell(found: Estimate) -> str:
-    """A share in percent with the half-width of its interval."""
+def cell(found: Estimate, values: tuple[float, ...] = ()) -> str:
+    """A share in percent: of one seed with its interval, of two with both values, of more with the half-width."""
     if math.isnan(found.value):
         return "-"
-    spread = "" if math.isnan(found.high) else f" ± {100 * (found.high - found.value):.1f}"
-    return f"{100 * found.value:.1f}{spread}"
+    text = f"{100 * found.value:.1f}"
+    if len(values) == 2:
+        return f"{text} ({', '.join(f'{100 * one:.1f}' for one in values)})"
+    if math.isnan(found.high):
+        return text
+    if len(values) == 1:
+        return f"{text} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    return f"{text} ± {100 * (found.high - found.value):.1f}"
 
 
-def measure(seeds: Sequence[Seed]) -> Results:
-    """Train what is not kept, merge, measure."""
-    for seed in seeds:  # all sites of all seeds first: they are what everything else is made of
-        rounds.begin(seed)
-        seed.site_vectors()
-    found = [_measured(seed) for seed in seeds]
-    lines = tuple(_lines(found, seeds))
-    sizes = tuple({name: len(places) for name, places in seed.division.parts.items()} for seed in seeds)
-    tests = tuple(_tests(found, seeds))
-    return Results(tuple(seed.number for seed in seeds), lines, tests, sizes)
-
-
-def _measured(seed: Seed) -> dict[Row, Floats]:
-    found = {}
-    for row, probabilities in Measuring(seed).rows():
-        found[row] = probabilities
-        log.info("seed %d: %s", seed.number, row.text)
-    return found
-
-
-def _references(seed: Seed) -> NDArray[np.int64]:
-    import numpy as np
-
-    labels = tuple(sorted(set(seed.place.table.labels)))
-    return np.array(seed.test.label_rows(labels), dtype=np.int64)
-
-
-def _lines(found: Sequence[Mapping[Row, Floats]], seeds: Sequence[Seed]) -> Iterator[Line]:
-    points = [{row: point(one[row], _references(seed)) for row in one} for one, seed in zip(found, seeds, strict=True)]
-    done: list[tuple[str, str]] = []
-    for row in _all_rows(found):
-        if row.kind != "site" and not (row.kind == "probe" and "pooled" not in row.name):
-            yield _line(row.text, row.kind, [one[row] for one in points])
-            continue
-        group = (row.kind, row.mode)
-        if group in done:
-            continue
-        done.append(group)
-        what = "linear probe of a site" if row.kind == "probe" else "single site"
-        text = f"{what}, {row.mode}" if row.mode else what
-        members = [[one[other] for other in one if (other.kind, other.mode) == group and "pooled" not in other.name]
-                   for one in points]  # fmt: skip
-        yield _line(f"{text}: mean", row.kind, [mean_of(some) for some in members])
-        yield _line(f"{text}: best", row.kind, [best_of(some) for some in members])
-
-
-def _all_rows(found: Sequence[Mapping[Row, Floats]]) -> list[Row]:
-    """The rows of the table, which are those of any seed, in their order."""
-    return list(found[0])
-
-
-def _line(text: str, kind: str, points: Sequence[Mapping[str, float]]) -> Line:
-    return Line(text, kind, {name: tuple(one[name] for one in points) for name in METRICS})
-
-
-def _tests(found: Sequence[Mapping[Row, Floats]], seeds: Sequence[Seed]) -> Iterator[Test]:
-    fused = [row for row in _all_rows(found) if row.kind in ("fused", "relay", "federated")]
-    bars = [row for row in _all_rows(found) if row.kind in ("ensemble", "pooled") and not row.mode]
-    for row in fused:
-        yield Test(row.text, "the best single site", tuple(
-            _paired(one[row], _best_site(one, seed), seed) for one, seed in zip(found, seeds, strict=True)
-        ))  # fmt: skip
-        for bar in bars:
-            pairs = tuple(_paired(one[row], one[bar], seed) for one, seed in zip(found, seeds, strict=True))
-            yield Test(row.text, bar.text, pairs)
-
-
-def _paired(first: Floats, second: Floats, seed: Seed) -> Paired:
-    groups = [seed.place.table.groups[place] for place in seed.division.parts["test"]]
-    return paired(first, second, _references(seed), groups, seed=seed.number)
-
-
-def _best_site(found: Mapping[Row, Floats], seed: Seed) -> Floats:
-    """The site of the highest accuracy in this seed, chosen on the test images, which favours it."""
-    references = _references(seed)
-    sites = [found[row] for row in found if row.kind == "site" and not row.mode]
-    return max(sites, key=lambda one: point(one, references)["accuracy"])
+def probability(p: float) -> str:
+    """A p-value as tables show it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -16,17 +16,20 @@ from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import site
 from hf_datavec.samples import write_network
 from hf_datavec.staging import staged
-from hf_datavec.study import load, page
+from hf_datavec.study import document, load, page
+from hf_datavec.study.measure import measure
 from hf_datavec.study.networks import Seed, Workplace
-from hf_datavec.study.partition import divide
+from hf_datavec.study.partition import divide, slug
 from hf_datavec.study.pictures import EMBEDDED, Table, open_table
-from hf_datavec.study.results import Results, measure
+from hf_datavec.study.results import Results
 from hf_datavec.study.sections import Study, Training
 
 log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
-# What the kept vectors depend on; all else may change from run to run.
+# The key of the note that names the study file whose results lie in the folder itself.
+NAME = "study"
+# What the kept vectors depend on; all else may change from run to run, public images of `more_public:` as well.
 FIXED = ("data", "base", "image_size", "sites", "test", "public", "start", "training")
 
 
@@ -48,24 +51,33 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
     table = open_table(study.data, here)
     divisions = {number: divide(study, table, number) for number in study.seeds}  # mistakes show before any training
     elsewhere = open_elsewhere(study, here)
+    others = {one.name: open_public(one.images, one.split, here) for one in study.more_public}
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_other(study, table, elsewhere, folder)
+    name = _place_of(path.stem, _note(study, table, elsewhere, folder, path.stem))
     _write_base(study, table, here, folder)
-    place = Workplace(study, folder, table, elsewhere, devices.choose(device))
+    place = Workplace(study, folder, table, elsewhere, others, devices.choose(device), name)
+    place.results.mkdir(exist_ok=True)
     seeds = [Seed(place, number, division) for number, division in divisions.items()]
     for seed in seeds:
         _record(seed)
     results = measure(seeds)
-    results.write(folder)
-    page.write(seeds, results, folder)
-    return Outcome(folder, results)
+    results.write(place.results)
+    document.write(results, place.results)
+    page.write(seeds, results, place.results)
+    log.info("results: %s", place.results)
+    return Outcome(place.results, results)
 
 
 def open_elsewhere(study: Study, here: Path) -> ImageSet | None:
     """The public images of a study, where they are a data set of their own."""
     if study.public.images is None:
         return None
-    return open_images(hub.parse(study.public.images, relative_to=here), split=study.public.split)
+    return open_public(study.public.images, study.public.split, here)
+
+
+def open_public(images: str, split: str | None, here: Path) -> ImageSet:
+    """Public images that are a data set of their own; local paths are relative to `here`."""
+    return open_images(hub.parse(images, relative_to=here), split=split)
 
 
 def _output(study: Study, path: Path, output: Path | None) -> Path:
@@ -76,15 +88,29 @@ def _output(study: Study, path: Path, output: Path | None) -> Path:
     return (path.absolute().parent / Path(study.output).expanduser()).resolve()
 
 
-def _refuse_other(study: Study, table: Table, elsewhere: ImageSet | None, folder: Path) -> None:
-    """Raise InputError when the folder holds something else; note down what it will hold otherwise."""
+def _place_of(stem: str, first: str) -> str:
+    """The sub-folder of a study's results: none for the one that the folder was made for.
+
+    Another study of the same networks, which has other merges, must not replace its results.
+    """
+    if stem == first:
+        return ""
+    name = slug(stem)
+    return f"study-{name}" if name in ("base", "pretrained") or name.startswith("seed-") else name
+
+
+def _note(study: Study, table: Table, elsewhere: ImageSet | None, folder: Path, stem: str) -> str:
+    """Note down which networks a folder holds; returns the name of the study file that it was made for.
+
+    Raises: InputError when the folder holds something else.
+    """
     described = _described(study, table, elsewhere)
     note = folder / STUDY_FILE
     if not note.exists():
         if any(folder.iterdir()):
             raise InputError(f"output '{folder}' is not empty", hint="choose another folder with -o")
-        write_note(study, table, elsewhere, folder)
-        return
+        write_note(study, table, elsewhere, folder, stem=stem)
+        return stem
     before = json.loads(note.read_text("utf-8"))
     # A study that was begun before a setting was known has what that is unless told.
     before["training"] = Training().model_dump(mode="json") | before.get("training", {})
@@ -94,6 +120,9 @@ def _refuse_other(study: Study, table: Table, elsewhere: ImageSet | None, folder
             f"'{folder}' holds a study with other {' and '.join(changed)}",
             hint="choose another folder with -o, or take the change back to go on; seeds, merges, modes may change",
         )
+    if NAME not in before:  # a folder of a version that noted no name down
+        write_note(study, table, elsewhere, folder, stem=stem)
+    return str(before.get(NAME, stem))
 
 
 def _described(study: Study, table: Table, elsewhere: ImageSet | None) -> dict[str, Any]:
@@ -101,9 +130,12 @@ def _described(study: Study, table: Table, elsewhere: ImageSet | None) -> dict[s
     return fixed | {"images": table.images.digest, "public images": elsewhere and elsewhere.digest}
 
 
-def write_note(study: Study, table: Table, elsewhere: ImageSet | None, folder: Path) -> None:
+def write_note(
+    study: Study, table: Table, elsewhere: ImageSet | None, folder: Path, *, stem: str | None = None
+) -> None:
     """Note down which study a folder holds, so that what is kept there is used for no other."""
-    text = json.dumps(_described(study, table, elsewhere), indent=2)
+    name = {NAME: stem} if stem is not None else {}
+    text = json.dumps({**name, **_described(study, table, elsewhere)}, indent=2)
     (folder / STUDY_FILE).write_text(f"{text}\n", "utf-8")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from hf_datavec.examples import Augment
 from hf_datavec.probe import TARGET
@@ -12,6 +14,8 @@ from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text
 
 Mode = Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"]
 Scanner = Literal["faint", "inverted", "blurred", "shaded"]
+# The modes that measure something on public images.
+LOOK_AT_IMAGES = ("statistics", "relative", "repair", "tune", "auto")
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -52,6 +56,24 @@ class Public(Section):
 
     share: Share | None = None
     images: Text | None = None
+    split: Text | None = None
+    count: Count = 512
+
+
+def _known_name(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9]*([ -][a-z0-9]+)*", value):
+        return value
+    raise PydanticCustomError("name", "expected lower-case words")
+
+
+class NamedPublic(Section):
+    """One more set of public images, under the name that tables call it.
+
+    Merges are restored on it as well, on the same networks; no network is trained on it.
+    """
+
+    name: Annotated[Text, BeforeValidator(_known_name)]
+    images: Text
     split: Text | None = None
     count: Count = 512
 
@@ -150,6 +172,7 @@ class Study(Section):
     sites: Sites = Sites()
     test: Held = Held(share=0.2)
     public: Public = Public(share=0.1)
+    more_public: Annotated[tuple[NamedPublic, ...], Field(strict=False)] = ()
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0, 1, 2)
     start: Start | None = None
     training: Training = Training()
@@ -160,7 +183,9 @@ class Study(Section):
     # Pooled at equal epochs takes n times the steps of a site; at equal steps it does not. `rounds` are the epochs of
     # all rounds of `relay:` together.
     budgets: Annotated[tuple[Literal["epochs", "steps", "rounds"], ...], Field(strict=False)] = ("epochs", "steps")
-    federated: Federated | None = Federated()
+    # The control of trivial features: a random forest on colours, corners, black pixels and edges (extra `study`).
+    trivial: bool = True
+    federated: Federated | None = None
     relay: Relay | None = None
     heads: Heads | None = None
     output: Text | None = None
