@@ -198,7 +198,9 @@ def _coordinator(actions: Commands) -> None:
     _device(merge)
     _json(merge)
 
-    evaluate = _command(actions, "evaluate", "accuracy, balanced accuracy, macro F1, AUROC, ECE with intervals")
+    evaluate = _command(
+        actions, "evaluate", "accuracy, balanced accuracy, macro F1, AUROC, ECE, Brier score with intervals"
+    )
     evaluate.add_argument("model", metavar="MODEL")
     evaluate.add_argument("images", metavar="IMAGES")
     evaluate.add_argument("--split", help="split of the data set")

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec.recipe import WeightSearch
-from hf_datavec.tables import metric_rows, size, table
+from hf_datavec.tables import metric_name, metric_rows, size, table
 
 if TYPE_CHECKING:
     from hf_datavec.evaluate import Evaluation
@@ -126,7 +126,10 @@ def evaluation_table(found: Evaluation) -> str:
 
 def search_table(found: Search) -> str:
     """What a search tried and chose."""
-    return table((f"{found.kind}, on {found.count} images of {found.images}", f"{found.metric} in %", ""), found.rows)
+    return table(
+        (f"{found.kind}, on {found.count} images of {found.images}", f"{metric_name(found.metric)}, in %", ""),
+        found.rows,
+    )
 
 
 def found_table(found: list[Found]) -> str:

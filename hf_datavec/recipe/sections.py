@@ -80,7 +80,7 @@ class Measured(Section):
     images: Text
     split: Text | None = None
     # Sites differ in their class mix, so that plain accuracy would favour whatever guesses the common class.
-    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"] = "balanced_accuracy"
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "brier"] = "balanced_accuracy"
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 

@@ -15,6 +15,7 @@ from hf_datavec.study import curves
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.results import Results, cell
 from hf_datavec.study.rows import Measuring
+from hf_datavec.tables import metric_name
 
 COLORS = {"fused": BLUE, "relay": BLUE, "federated": ORANGE, "ensemble": ORANGE, "pooled": GREEN}
 CURVES_FILE, PAGE_FILE = "curves.json", "report.html"
@@ -67,7 +68,7 @@ def _page(results: Results, folder: Path) -> Iterator[str]:
     sizes = ", ".join(f"{name} {count}" for name, count in results.sizes[0].items())
     yield f"<p>Images in the first seed: {html.escape(sizes)}. Percent, mean over seeds and the half-width of the 95 % "
     yield "interval (Student's t). Curves, cosines and drift are of the first seed.</p>"
-    yield "<table><tr><th>row</th>" + "".join(f"<th>{name.replace('_', ' ')}</th>" for name in METRICS) + "</tr>"
+    yield "<table><tr><th>row</th>" + "".join(f"<th>{metric_name(name)}</th>" for name in METRICS) + "</tr>"
     for line in results.lines:
         cells = "".join(f"<td>{cell(line.estimate(name))}</td>" for name in METRICS)
         yield f"<tr class='{line.kind}'><td>{html.escape(line.text)}</td>{cells}</tr>"

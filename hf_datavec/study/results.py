@@ -15,7 +15,7 @@ from hf_datavec.study import rounds
 from hf_datavec.study.comparison import Paired, best_of, mean_of, over_seeds, paired, point
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.rows import Measuring, Row
-from hf_datavec.tables import markdown_table
+from hf_datavec.tables import markdown_table, metric_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,7 @@ class Results:
 
     def markdown(self) -> str:
         """The table: percent, mean over seeds and the half-width of its 95 % interval."""
-        header = ("row", *(name.replace("_", " ") for name in METRICS))
+        header = ("row", *(metric_name(name) for name in METRICS))
         rows = [(line.text, *(cell(line.estimate(name)) for name in METRICS)) for line in self.lines]
         return markdown_table(header, rows)
 
