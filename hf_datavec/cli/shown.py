@@ -126,10 +126,9 @@ def evaluation_table(found: Evaluation) -> str:
 
 def search_table(found: Search) -> str:
     """What a search tried and chose."""
-    return table(
-        (f"{found.kind}, on {found.count} images of {found.images}", f"{metric_name(found.metric)}, in %", ""),
-        found.rows,
-    )
+    name = metric_name(found.metric)
+    header = name if name.endswith("x 100") else f"{name} in %"
+    return table((f"{found.kind}, on {found.count} images of {found.images}", header, ""), found.rows)
 
 
 def found_table(found: list[Found]) -> str:
