@@ -168,6 +168,7 @@ def merge(options: Namespace) -> None:
                 "norms": result.geometry.norms,
                 "cosines": result.geometry.cosines,
                 "restoration": result.restoration,
+                "temperature": result.temperature,
                 "search": result.search.as_dict() if result.search else None,
                 "evaluation": result.evaluation.as_dict() if result.evaluation else None,
                 "pushed_to": result.pushed_to,

@@ -64,13 +64,15 @@ def _number(value: float) -> float | None:
 def _restoration(plan: Plan) -> dict[str, Any]:
     """How statistics are restored, as far as headers tell: the mode, on which images, with which sites' statistics."""
     wanted = plan.recipe.recalibrate
+    temperature = wanted.temperature if wanted else "none"
     if wanted is None or not plan.base.has_statistics:
-        return {"mode": "none", "images": None, "statistics_of": []}
+        return {"mode": "none", "images": None, "statistics_of": [], "temperature": temperature}
     shared = [one.name for one in plan.contributions if one.has_statistics]
     return {
         "mode": wanted.mode,
         "images": wanted.images if wanted.looks_at_images else None,
         "statistics_of": shared if wanted.mode != "none" else [],
+        "temperature": temperature,
     }
 
 
@@ -109,6 +111,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
         ("recalibrate", _restoration_line(plan)),
     ]
+    if (temperature := _restoration(plan)["temperature"]) != "none":
+        lines.append(("temperature", str(temperature)))
     if plan.download_bytes:
         lines.append(("downloads", size(plan.download_bytes)))
     lines += [
