@@ -12,16 +12,19 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import assert_goes_on, kill_after_an_epoch
 from networks import make_images, make_network, make_vector, tune, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from hf_datavec import head_scaling, hub, models, temperature
+from hf_datavec import head_scaling, held_out, hub, models, temperature
 from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.images import open_images
+from hf_datavec.scanners import SCANNERS
+from hf_datavec.study.pictures import part
 from hf_datavec.temperature import LEAST, MOST, fit_confidence, fit_ensemble, fit_labels
 
 oracle = settings(max_examples=25, deadline=None, derandomize=True)
@@ -356,3 +359,96 @@ def test_a_manifest_without_a_temperature_keeps_its_digest_and_one_with_is_seale
         (study / "site-b" / "datavec.json").write_text(text.replace('"temperature": 1.5', f'"temperature": {wrong}'))
         with pytest.raises(InputError, match="is damaged: temperature"):
             manifests.read(study / "site-b")
+
+
+def test_a_share_of_each_class_is_held_out_and_one_of_each_is_trained_on():
+    rows = [0] * 20 + [1] * 10 + [2] * 3 + [3]
+    trained, held = held_out.split(rows, 0.3, seed=0)
+    assert sorted(trained + held) == list(range(len(rows)))
+    assert [sum(rows[index] == label for index in held) for label in range(4)] == [6, 3, 1, 0]
+    assert held_out.split(rows, 0.3, seed=0) == (trained, held)
+    assert held_out.split(rows, 0.3, seed=1) != (trained, held)
+    most, _ = held_out.split(rows, 0.99, seed=0)
+    assert sorted(rows[index] for index in most) == [0, 1, 2, 3]
+    assert held_out.split(rows, 0, seed=0) == (list(range(len(rows))), [])
+    with pytest.raises(InputError, match="of 4 images in 2 classes holds out none"):
+        held_out.split([0, 0, 1, 1], 0.1, seed=0)
+
+
+def test_a_site_measures_itself_on_what_it_holds_out_and_its_vector_declares_the_temperature(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=20)
+    options = ("--epochs", 2, "--batch-size", 6, "--hold-out", 0.25)
+    outcome = run("finetune", "base", "images", "-o", "tuned", *options)
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert record["examples"] == {"cat": 15, "dog": 15, "owl": 15}
+    assert record["settings"]["hold_out"] == 0.25
+    some = open_images(hub.parse(str(tmp_path / "images")))
+    rows = some.label_rows(("cat", "dog", "owl"))
+    _, held = held_out.split(rows, 0.25, 0)
+    found = log_probabilities(tmp_path / "tuned", tmp_path / "images")[held]
+    answers = np.array(rows)[held]
+    assert record["held_out"]["images"] == 15
+    assert record["held_out"]["accuracy"] == pytest.approx((found.argmax(1) == answers).mean())
+    assert record["held_out"]["temperature"] == pytest.approx(fit_labels(found, answers), rel=2e-3)
+    declared = record["held_out"]["temperature"]
+    assert f"held out: 15 images, {100 * record['held_out']['accuracy']:.1f} % right, temperature" in outcome.out
+    assert "only" not in outcome.err
+    outcome = run("diff", "base", "tuned", "-o", "site")
+    assert f"temperature: {declared:g}\n" in outcome.out
+    assert manifests.read(tmp_path / "site").temperature == declared
+    assert f"temperature {declared:g}, measured on images" in (tmp_path / "site" / "README.md").read_text()
+    record["held_out"]["temperature"] = -1
+    (tmp_path / "tuned" / "training.json").write_text(json.dumps(record))
+    outcome = run("diff", "base", "tuned", "-o", "other")
+    assert outcome.code == 2
+    assert "training.json has the temperature -1, expected a number above 0" in outcome.err
+
+
+def test_a_training_without_a_held_out_share_measures_and_declares_nothing(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images")
+    assert "held out" not in run("finetune", "base", "images", "-o", "tuned", "--epochs", 1).out
+    assert "held_out" not in json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert "temperature" not in run("diff", "base", "tuned", "-o", "site").out
+    assert manifests.read(tmp_path / "site").temperature is None
+    assert "temperature" not in (tmp_path / "site" / "README.md").read_text()
+
+
+def test_few_held_out_images_are_warned_of_and_none_or_all_are_refused(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images")
+    outcome = run("finetune", "base", "images", "-o", "tuned", "--epochs", 1, "--hold-out", 0.3)
+    assert outcome.code == 0, outcome.err
+    assert "warning: only 6 images were held out: what they tell is mostly chance" in outcome.err
+    outcome = run("finetune", "base", "images", "-o", "none", "--epochs", 1, "--hold-out", 0.01)
+    assert outcome.code == 2
+    assert "holds out none" in outcome.err
+    assert not list(tmp_path.glob(".none*"))
+    outcome = run("finetune", "base", "images", "-o", "all", "--hold-out", 1)
+    assert outcome.code == 2
+    assert "expected a share from 0 to below 1, got 1" in outcome.err
+
+
+def test_a_training_that_goes_on_holds_out_the_same_images_and_refuses_another_share(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=16)
+    options = ["--epochs", "12", "--batch-size", "4", "--device", "cpu", "--hold-out", "0.25"]
+    kill_after_an_epoch(["finetune", "base", "images", "-o", "tuned", *options], tmp_path, "tuned")
+    other = run("finetune", "base", "images", "-o", "tuned", *options[:-1], "0.5")
+    assert other.code == 2
+    assert "had other settings, base or images" in other.err
+    assert_goes_on(run, tmp_path, options)
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("tuned", "whole")]
+    assert records[0]["examples"] == records[1]["examples"]
+    assert records[0]["held_out"] == pytest.approx(records[1]["held_out"], rel=1e-2)
+
+
+def test_the_parts_of_a_part_are_those_of_the_whole(tmp_path):
+    whole = open_images(hub.parse(str(make_images(tmp_path / "images"))))
+    scanned = part(whole, range(18), [next(iter(SCANNERS)) if index % 2 else None for index in range(18)])
+    some = scanned.part([3, 8, 17]).part([0, 2])
+    assert (some.places, some.labels) == ((3, 17), (whole.labels[3], whole.labels[17]))
+    preprocess = models.preprocess(open_checkpoint(make_network("test_resnet", tmp_path / "base")))
+    assert torch.equal(some.tensors(preprocess, range(2)), scanned.tensors(preprocess, [3, 17]))
