@@ -75,7 +75,7 @@ def scale(
 
 def _skipped(plan: Plan, why: str, digest: str) -> Scaled:
     text = f"Confidence was not scaled, since {why}."
-    log.warning("warning: %s", text)
+    log.info("note: %s", text)
     return Scaled(variants.tempered(plan, "none"), text, digest)
 
 

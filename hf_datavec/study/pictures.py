@@ -48,7 +48,8 @@ class Part(ImageSet):
 
     def part(self, indices: Sequence[int]) -> Part:
         """The pictures of some indices as a set of their own."""
-        places, scanners = (tuple(some[index] for index in indices) for some in (self.places, self.scanners))
+        places = tuple(self.places[index] for index in indices)
+        scanners = tuple(self.scanners[index] for index in indices)
         return replace(self, rows=self.rows.select(indices), places=places, scanners=scanners, kept={})
 
     @cached_property
