@@ -255,7 +255,16 @@ def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Set
 def _complete(folder: Path) -> list[Path]:
     """The checkpoints that were written to their end."""
     found = (folder / "checkpoints").glob("checkpoint-*")
-    return [path for path in found if (path / "trainer_state.json").exists()]
+    return [path for path in found if _is_whole(path / "trainer_state.json")]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a JSON file that was not cut off while it was written."""
+    try:
+        json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _check_names(folder: Path, base: Checkpoint) -> None:
