@@ -60,6 +60,14 @@ class Checkpoint:
         return (len(labels), *shape[1:]) if self.roles[name] is Role.HEAD else shape
 
     @property
+    def has_linear_head(self) -> bool:
+        """Whether the head is a single linear layer, by the names and shapes of its tensors."""
+        names = self.named(Role.HEAD)
+        shapes = {name.rpartition(".")[2]: len(self.records[name].shape) for name in names}
+        alone = len({name.rpartition(".")[0] for name in names}) == 1
+        return alone and shapes in ({"weight": 2}, {"weight": 2, "bias": 1})
+
+    @property
     def has_statistics(self) -> bool:
         """Whether the network has BatchNorm running statistics."""
         return bool(self.named(Role.STATISTIC))

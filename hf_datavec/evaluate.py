@@ -104,7 +104,7 @@ def _metric() -> Any:
                 }
             )
             return evaluate.MetricInfo(
-                description="Accuracy, balanced accuracy, macro F1, AUROC and ECE with bootstrap intervals.",
+                description="Accuracy, balanced accuracy, macro F1, AUROC, ECE and Brier score with intervals.",
                 citation="",
                 inputs_description="class probabilities and reference rows",
                 features=features,

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_datavec import examples, probe
+from hf_datavec import examples, held_out, probe
 from hf_datavec.checkpoint import Checkpoint, Role
 from hf_datavec.errors import InputError
 from hf_datavec.models import Network, normalization_layers
@@ -45,11 +45,12 @@ class Settings:
     seed: int = 0
     probe_steps: int = 0  # of the head alone, before everything is trained; with no epochs, instead of it
     least_squares: bool = False  # likewise the head alone, in closed form
+    hold_out: float = 0.0  # the share of each class that is not trained on but measured
     target: float = probe.TARGET  # what its outputs aim at for an image's label, the same at all sites
 
 
 def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, folder: Path) -> dict[str, int]:
-    """Fine-tune in `folder`, which then holds the tuned tensors and a record; returns images per label.
+    """Fine-tune in `folder`, which then holds the tuned tensors and a record; returns trained images per label.
 
     Checkpoints are kept below `folder` after every epoch; a run with the same settings goes on from the last.
 
@@ -58,10 +59,11 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     from transformers import Trainer
 
     quiet_transformers()
-    rows = images.label_rows(network.labels)
+    whole = images
+    images, rows, held = _divided(network, whole, settings)
     counts = Counter(network.labels[row] for row in rows)
     found = {label: counts[label] for label in network.labels}
-    resume = _resume_from(folder, base, images, settings)
+    resume = _resume_from(folder, base, whole, settings)
     loss = cross_entropy(rows, len(network.labels), balanced=settings.class_balanced)
     if resume is None:
         _probe(network, base, images, settings, loss)
@@ -87,9 +89,18 @@ def train(network: Network, base: Checkpoint, images: ImageSet, settings: Settin
     _refuse_diverged(network, folder)
     network.module.save_pretrained(folder)
     _check_names(folder, base)
-    _record(folder, settings, found)
+    _record(folder, settings, found, held_out.measure(network, held) if held else None)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
+
+
+def _divided(network: Network, images: ImageSet, settings: Settings) -> tuple[ImageSet, list[int], ImageSet | None]:
+    """The images to train on, the rows of their labels, and the images that are held out, if any are."""
+    rows = images.label_rows(network.labels)
+    if settings.hold_out == 0:
+        return images, rows, None
+    trained, held = held_out.split(rows, settings.hold_out, settings.seed)
+    return images.part(trained), [rows[index] for index in trained], images.part(held)
 
 
 def _probe(network: Network, base: Checkpoint, images: ImageSet, settings: Settings, loss: Loss) -> None:
@@ -244,7 +255,16 @@ def _resume_from(folder: Path, base: Checkpoint, images: ImageSet, settings: Set
 def _complete(folder: Path) -> list[Path]:
     """The checkpoints that were written to their end."""
     found = (folder / "checkpoints").glob("checkpoint-*")
-    return [path for path in found if (path / "trainer_state.json").exists()]
+    return [path for path in found if _is_whole(path / "trainer_state.json")]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a JSON file that was not cut off while it was written."""
+    try:
+        json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _check_names(folder: Path, base: Checkpoint) -> None:
@@ -258,8 +278,8 @@ def _check_names(folder: Path, base: Checkpoint) -> None:
         )
 
 
-def _record(folder: Path, settings: Settings, found: dict[str, int]) -> None:
-    record = {"settings": asdict(settings), "examples": found}
+def _record(folder: Path, settings: Settings, found: dict[str, int], held: held_out.HeldOut | None) -> None:
+    record = {"settings": asdict(settings), "examples": found, **({"held_out": asdict(held)} if held else {})}
     (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (folder / "unfinished.json").unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from hf_datavec.hub import Fetched
 from hf_datavec.lineage import Round
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
-from hf_datavec.tables import markdown_table, metric_rows, size
+from hf_datavec.tables import markdown_table, metric_name, metric_rows, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +159,11 @@ def _search_text(search: Search | None) -> str:
     if search is None:
         return ""
     metric = search.metric.replace("_", " ")
+    shown = markdown_table((search.kind, metric_name(search.metric), ""), search.rows)
     return (
         f"\n## Search\n\nThe {search.kind} was chosen by {metric} on {search.count} labelled public images of "
         f"`{search.images}` (digest `{search.digest[:19]}`), in percent, with 95 % bootstrap intervals over images. "
-        f"These images are no test set any more.\n\n{markdown_table((search.kind, metric, ''), search.rows)}\n"
+        f"These images are no test set any more.\n\n{shown}\n"
     )
 
 

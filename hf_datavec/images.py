@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, indices: Sequence[int]) -> ImageSet:
+        """The pictures of some indices as a set of their own."""
+        return replace(self, rows=self.rows.select(indices))
 
     @property
     def text(self) -> str:

@@ -88,6 +88,8 @@ class Manifest(_Part):
     examples: dict[str, Count] | None = None
     training: dict[str, Any] | None = None
     noise: StatisticsNoise | None = None
+    # The temperature that fits the tuned network best on images that its site held out.
+    temperature: Positive | None = None
     norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tensors: dict[str, TensorEntry]
     second_moments: dict[Literal["fisher", "gram", "features"], SecondMoment] | None = None

@@ -20,7 +20,9 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 # Guo et al. 2017, arXiv 1706.04599, use 15 equally wide bins.
 CALIBRATION_BINS = 15
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "brier")
+# The metrics of errors.
+LESS_IS_BETTER = ("ece", "brier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ def weighted(probabilities: Floats, references: Integers, weights: Floats) -> di
         "macro_f1": _mean(f1),
         "auroc": _mean(_auroc(probabilities, references, weights)),
         "ece": _calibration_error(probabilities, predicted == references, weights),
+        "brier": weights @ _squared_error(probabilities, references) / weights.sum(1),
     }
 
 
@@ -126,4 +129,17 @@ def _calibration_error(probabilities: Floats, correct: NDArray[np.bool_], weight
     member[np.arange(len(bins)), bins] = 1.0
     gaps = np.abs((weights * (correct - confidence)) @ member)
     result: Floats = gaps.sum(1) / weights.sum(1)
+    return result
+
+
+def _squared_error(probabilities: Floats, references: Integers) -> Floats:
+    """The Brier score of each image: the squared distance of probabilities and one-hot label, from 0 to 2; shape (n,).
+
+    Source: Brier 1950, doi 10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2.
+    """
+    import numpy as np
+
+    distances = probabilities.astype(np.float64)
+    distances[np.arange(len(references)), references] -= 1.0
+    result: Floats = np.square(distances).sum(1)
     return result

@@ -43,6 +43,11 @@ class Contribution:
         return sum(counts.values()) if counts else None
 
     @property
+    def temperature(self) -> float | None:
+        """The temperature that the site declares for its tuned network."""
+        return self.source.manifest.temperature if isinstance(self.source, TaskVector) else None
+
+    @property
     def has_statistics(self) -> bool:
         """Whether the site's own BatchNorm statistics can be read."""
         if isinstance(self.source, TaskVector):

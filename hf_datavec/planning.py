@@ -34,6 +34,7 @@ def make(recipe: Recipe, base: Fetched, checkpoint: Checkpoint, contributions: t
     errors += _second_moment_errors(recipe.merge, weighed)
     errors += _target_errors(contributions)
     errors += _restoration_errors(recipe, checkpoint, contributions)
+    errors += _temperature_errors(recipe, contributions)
     errors += override_errors(recipe.merge, checkpoint.named(Role.WEIGHT, Role.HEAD))
     raise_all(errors)
     # The recipe's order must not matter, bit for bit, so sites are summed in the order of their content.
@@ -157,6 +158,15 @@ def _restoration_errors(
             yield InputError(problem, hint=hint)
 
 
+def _temperature_errors(recipe: Recipe, contributions: tuple[Contribution, ...]) -> Iterator[InputError]:
+    if not recipe.recalibrate or recipe.recalibrate.temperature != "sites":
+        return
+    for one in contributions:
+        if one.temperature is None:
+            hint = "the site can measure one with `hf-datavec finetune --hold-out 0.2` and `diff`; or use ensemble"
+            yield InputError(f"temperature 'sites' needs one of each site, but '{one.name}' declares none", hint=hint)
+
+
 def _lock_errors(
     recipe: Recipe, fetched: Fetched, base: Checkpoint, contributions: tuple[Contribution, ...]
 ) -> Iterator[InputError]:
@@ -228,6 +238,8 @@ def _notes(recipe: Recipe, base: Checkpoint, contributions: tuple[Contribution, 
             yield f"the network has no BatchNorm: recalibration ({mode}) is skipped"
     elif mode == "none":
         yield "BatchNorm statistics stay the base's; a fused network usually needs `recalibrate:`"
+    if recipe.recalibrate and recipe.recalibrate.temperature != "none" and not base.has_linear_head:
+        yield f"the head is no single linear layer: temperature ({recipe.recalibrate.temperature}) is skipped"
     if recipe.lock and recipe.lock.tools != tool_versions():
         yield f"the lock was made with {recipe.lock.tools}, this is {tool_versions()}: bytes may differ"
     if recipe.recalibrate and recipe.recalibrate.looks_at_images and recipe.recalibrate.count < FEW_IMAGES:

@@ -43,7 +43,7 @@ def fit(
     """
     import torch
 
-    head = _head(network, base)
+    head = linear_head(network, base)
     rows = torch.tensor(images.label_rows(network.labels), device=network.module.device)
     inputs = torch.cat(list(_inputs(network, head, images)))
     parameters = list(head.parameters())
@@ -72,7 +72,7 @@ def fit_least_squares(network: models.Network, base: Checkpoint, images: ImageSe
     """
     import torch
 
-    head = _head(network, base)
+    head = linear_head(network, base)
     rows = torch.tensor(images.label_rows(network.labels))
     inputs = torch.cat(list(_inputs(network, head, images))).cpu().double()
     targets = target * torch.nn.functional.one_hot(rows, len(network.labels)).double()
@@ -98,7 +98,7 @@ def feature_sums(
     """
     import torch
 
-    head = _head(network, base)
+    head = linear_head(network, base)
     rows, length = torch.tensor(images.label_rows(labels)), head.in_features + 1
     products = torch.zeros(length, length, dtype=torch.float64)
     by_label = torch.zeros(len(labels), length, dtype=torch.float64)
@@ -111,8 +111,8 @@ def feature_sums(
     return {"products": products, "by_label": by_label}
 
 
-def _head(network: models.Network, base: Checkpoint) -> Any:
-    """The linear layer that the head's tensors belong to."""
+def linear_head(network: models.Network, base: Checkpoint) -> Any:
+    """The linear layer that the head's tensors belong to. Raises: InputError for a head that is no single one."""
     import torch
 
     live = models.stored_names(network)

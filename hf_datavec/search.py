@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from hf_datavec.errors import DatavecError
-from hf_datavec.metrics import Estimate
+from hf_datavec.metrics import LESS_IS_BETTER, Estimate
 from hf_datavec.tables import percent
-
-# The calibration error is the one metric of which less is better.
-LESS_IS_BETTER = ("ece",)
 
 Weights: TypeAlias = tuple[float, ...]
 

@@ -36,7 +36,12 @@ def percent(estimate: Estimate) -> str:
 
 def metric_rows(metrics: dict[str, Estimate]) -> list[tuple[str, str]]:
     """Metric names and values in percent."""
-    return [(name.replace("_", " "), percent(estimate)) for name, estimate in metrics.items()]
+    return [(metric_name(name), percent(estimate)) for name, estimate in metrics.items()]
+
+
+def metric_name(name: str) -> str:
+    """What tables in percent call a metric; the Brier score, which reaches 2, is no share but is scaled like one."""
+    return "Brier score x 100" if name == "brier" else name.replace("_", " ")
 
 
 def size(count: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from hf_datavec.plan import Plan
 from hf_datavec.planning import ordered, steps_of
@@ -26,6 +27,14 @@ def counted(plan: Plan) -> Plan:
     return replace(
         plan, contributions=ordered(replace(one, weight=float(one.examples or 1)) for one in plan.contributions)
     )
+
+
+def tempered(plan: Plan, temperature: float | Literal["none"]) -> Plan:
+    """The same plan with the temperature that its confidence was scaled by."""
+    if plan.recipe.recalibrate is None:
+        return plan
+    restore = plan.recipe.recalibrate.model_copy(update={"temperature": temperature})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"recalibrate": restore}))
 
 
 def with_merge(plan: Plan, merge: Merge) -> Plan:

@@ -32,7 +32,7 @@ It is no model and does not load as one; `hf-datavec merge` adds several of them
 * {statistics} {len(left_out)} of {len(manifest.tensors)} tensors are left out in all.
 
 {markdown_table(("role", "tensors", "stored"), roles)}
-{_second_moments_text(manifest)}{_behind_text(manifest)}
+{_temperature_text(manifest)}{_second_moments_text(manifest)}{_behind_text(manifest)}
 ## Images
 
 {counts}
@@ -60,6 +60,15 @@ merge:
         tags=["datavec", "task-vector"],
     )
     return f"---\n{data}\n---\n{body}"
+
+
+def _temperature_text(manifest: Manifest) -> str:
+    if manifest.temperature is None:
+        return ""
+    return (
+        f"\nThe tuned network's probabilities fit best at temperature {manifest.temperature:g}, measured on images "
+        "that the site did not train on. This number is all that the vector tells of them.\n"
+    )
 
 
 def _second_moments_text(manifest: Manifest) -> str:

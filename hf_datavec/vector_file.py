@@ -55,6 +55,7 @@ def write(
     training: Mapping[str, Any] | None = None,
     second_moments: Mapping[Kind, SecondMoment] | None = None,
     noise: StatisticsNoise | None = None,
+    temperature: float | None = None,
 ) -> Manifest:
     """Write `vector.safetensors` and `datavec.json` into a folder and return the manifest.
 
@@ -80,6 +81,7 @@ def write(
         examples=dict(examples) if examples else None,
         training=dict(training) if training else None,
         noise=noise,
+        temperature=temperature,
         norm=0.0,
         tensors=entries,
         second_moments=dict(second_moments) if second_moments else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -64,11 +65,20 @@ def kill_after_an_epoch(arguments: Sequence[object], folder: Path, output: str) 
     )
     checkpoints = folder / f".{output}.partial" / "checkpoints"
     deadline = time.monotonic() + PATIENCE
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+    while not any(map(is_json, checkpoints.glob("checkpoint-*/trainer_state.json"))) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.communicate()
     assert not (folder / output).exists()
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file that another process writes has been written to its end."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def assert_goes_on(run: Callable[..., Any], folder: Path, options: Sequence[str]) -> None:

@@ -370,7 +370,8 @@ def test_a_merge_whose_push_failed_is_pushed_by_running_it_again(hub, template, 
         for site in SITES[:2]
     ]
     sections = {"base": put(hub, template / "base", "consortium/base"), "vectors": vectors}
-    sections |= {"recalibrate": {"images": "./images"}, "evaluate": {"images": "./images"}, "aliases": aliases}
+    sections |= {"evaluate": {"images": "./images"}, "aliases": aliases}
+    sections["recalibrate"] = {"images": "./images", "temperature": "labels"}
     recipe(coordinator.folder, push={"repo": "consortium/fused"}, **sections)
     whole = json.loads(coordinator.run("merge", "recipe.yaml", "-o", "aside/fused", "--no-push", "--json").stdout)
     hub.faults.append(Fault("^/api/models/consortium/fused/commit/", "status", status=403))

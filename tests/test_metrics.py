@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
+from hf_datavec import metrics, tables
 from hf_datavec.metrics import CALIBRATION_BINS, METRICS, counts_per_class, measure
+from hf_datavec.study.comparison import best_of
 
 oracle = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -58,6 +60,14 @@ def naive_calibration_error(probabilities, references) -> float:
     return total
 
 
+def naive_brier_score(probabilities, references) -> float:
+    total = 0.0
+    for row, reference in zip(probabilities.tolist(), references.tolist(), strict=True):
+        for label, probability in enumerate(row):
+            total += (probability - (label == reference)) ** 2
+    return total / len(references)
+
+
 @oracle
 @given(
     count=st.integers(1, 80), classes=st.integers(2, 6), seed=st.integers(0, 10**6),
@@ -75,6 +85,7 @@ def test_every_metric_is_what_scikit_learn_or_a_loop_makes_of_it(count, classes,
             "macro_f1": sklearn_metrics.f1_score(references, predicted, average="macro"),
             "auroc": one_against_the_rest(probabilities, references),
             "ece": naive_calibration_error(probabilities, references),
+            "brier": naive_brier_score(probabilities, references),
         }
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12, nan_ok=True)
     assert tuple(found) == METRICS
@@ -94,6 +105,15 @@ def test_auroc_of_two_classes_is_the_usual_one():
     assert values(probabilities, references)["auroc"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_brier_score_is_scikit_learns_with_all_classes_and_twice_its_binary_one():
+    probabilities, references = some(90, 4, 5)
+    expected = sklearn_metrics.brier_score_loss(references, probabilities, labels=[0, 1, 2, 3], scale_by_half=False)
+    assert values(probabilities, references)["brier"] == pytest.approx(expected, rel=1e-12)
+    probabilities, references = some(60, 2, 3)
+    expected = 2 * sklearn_metrics.brier_score_loss(references, probabilities[:, 1])
+    assert values(probabilities, references)["brier"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_tied_scores_count_half():
     probabilities = np.full((6, 2), 0.5)
     assert values(probabilities, np.array([0, 1, 0, 1, 1, 1]))["auroc"] == 0.5
@@ -105,10 +125,10 @@ def test_a_perfect_and_a_hopeless_classifier():
     references = np.array([0, 1, 2, 0, 1, 2])
     perfect = np.eye(3)[references]
     assert values(perfect, references) == {
-        "accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "auroc": 1, "ece": 0,
+        "accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "auroc": 1, "ece": 0, "brier": 0,
     }  # fmt: skip
     hopeless = values(np.eye(3)[(references + 1) % 3], references)
-    assert (hopeless["accuracy"], hopeless["balanced_accuracy"], hopeless["macro_f1"], hopeless["ece"]) == (0, 0, 0, 1)
+    assert [hopeless[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "ece", "brier")] == [0, 0, 0, 1, 2]
 
 
 def test_a_class_that_is_absent_from_the_references_counts_in_no_average_over_the_references():
@@ -146,7 +166,11 @@ def test_intervals_lie_in_order_around_what_was_found_and_are_the_same_each_time
     for name in METRICS:
         one = first[name]
         assert repr(one) == repr(second[name])  # equal, NaN included
-        assert math.isnan(one.value) or math.isnan(one.low) or 0 <= one.low <= one.high <= 1 + 1e-12
+        assert (
+            math.isnan(one.value)
+            or math.isnan(one.low)
+            or 0 <= one.low <= one.high <= (2 if name == "brier" else 1) + 1e-12
+        )
     accuracy = first["accuracy"]
     assert accuracy.low <= accuracy.value <= accuracy.high
 
@@ -196,3 +220,16 @@ def test_a_metric_of_one_class_is_not_defined_and_large_heads_need_little_memory
     assert np.isnan(found["auroc"].value)
     many = measure(random.dirichlet(np.ones(1000), 400), random.integers(0, 1000, 400))
     assert 0 <= many["balanced_accuracy"].value <= 1
+
+
+def test_tables_scale_the_brier_score_like_a_share_and_say_so():
+    found = {name: metrics.Estimate(0.5, 0.25, 1.5) for name in ("balanced_accuracy", "brier")}
+    assert tables.metric_rows(found) == [
+        ("balanced accuracy", "50.0 (25.0 to 150.0)"),
+        ("Brier score x 100", "50.0 (25.0 to 150.0)"),
+    ]
+
+
+def test_the_best_site_is_the_one_of_the_least_error():
+    sites = [{"accuracy": 0.5, "ece": 0.2, "brier": 0.7}, {"accuracy": 0.6, "ece": 0.3, "brier": 0.8}]
+    assert best_of(sites) == {"accuracy": 0.6, "ece": 0.2, "brier": 0.7}

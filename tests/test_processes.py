@@ -33,6 +33,7 @@ MERGES = {
     "learned": {"method": "adamerging", "options": {"steps": 2}},
 }
 RESTORED = {"sum": "statistics", "ties": "relative", "site": "repair", "drops": "moments", "matrix": "tune"}
+FITTED = {"sum": "ensemble", "ties": "labels"}
 
 MANY = """
 import contextlib, sys, time
@@ -73,6 +74,7 @@ def shared(tmp_path_factory) -> Path:
         restore = {"mode": RESTORED.get(name, "statistics"), "images": "./images", "batch_size": 4}
         if restore["mode"] == "moments":
             del restore["images"]
+        restore["temperature"] = FITTED.get(name, "none")
         write_recipe(
             folder / f"{name}.yaml", base="./base", vectors=["./site-a", "./site-b", "./site-c"], merge=merge,
             recalibrate=restore, **({"evaluate": {"images": "./images", "batch_size": 5}} if name == "sum" else {}),

@@ -41,6 +41,7 @@ recalibrate:
   count: 512
   batch_size: 64
   tolerance: 0.02
+  temperature: 1.83
 evaluate:
   images: ./public-test
   split: test
@@ -88,7 +89,7 @@ def test_every_key_is_read_as_written():
         },
         "recalibrate": {
             "images": "consortium/public-skin@77aa", "split": "train", "mode": "statistics", "count": 512,
-            "batch_size": 64, "tolerance": 0.02,
+            "batch_size": 64, "tolerance": 0.02, "temperature": 1.83,
         },
         "evaluate": {"images": "./public-test", "split": "test", "batch_size": 8},
         "output": "./fused",

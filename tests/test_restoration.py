@@ -507,10 +507,10 @@ def test_a_plan_says_on_what_statistics_are_restored(clinic, run):
     write_recipe(clinic / "r.yaml", **recipe, recalibrate={"mode": "auto", "images": "./other"})
     assert "auto on ./other; 1 of 2 sites share statistics" in run("plan", "r.yaml").out
     told = json.loads(run("plan", "r.yaml", "--json").out)["recalibrate"]
-    assert told == {"mode": "auto", "images": "./other", "statistics_of": ["with-1"]}
+    assert told == {"mode": "auto", "images": "./other", "statistics_of": ["with-1"], "temperature": "none"}
     write_recipe(clinic / "r.yaml", **recipe, recalibrate={"mode": "none", "images": "./other"})
     told = json.loads(run("plan", "r.yaml", "--json").out)["recalibrate"]
-    assert told == {"mode": "none", "images": None, "statistics_of": []}
+    assert told == {"mode": "none", "images": None, "statistics_of": [], "temperature": "none"}
 
 
 def test_a_negative_weight_is_no_share_of_the_sites_data(clinic, run):

@@ -375,6 +375,7 @@ def test_of_equal_values_the_smaller_scale_wins_and_of_calibration_errors_the_sm
 
     assert best("accuracy", (1.0, 0.5), (0.2, 0.7), (0.1, 0.7), (0.0, 0.6)) == 0.1
     assert best("ece", (1.0, 0.5), (0.2, 0.3), (0.1, 0.3)) == 0.1
+    assert best("brier", (1.0, 0.5), (0.2, 0.3), (0.1, 0.3)) == 0.1
     assert best("auroc", (0.1, float("nan")), (0.2, 0.1)) == 0.2
 
 
@@ -484,7 +485,7 @@ def test_weights_move_away_from_a_site_that_harms_and_the_lock_keeps_them(search
         ),
         (
             {"scale": {"search": [1], "images": "./public", "metric": "f1"}}, ["./site-a"],
-            "merge.scale.metric: 'f1' is not one of accuracy, balanced_accuracy, macro_f1, auroc, ece",
+            "merge.scale.metric: 'f1' is not one of accuracy, balanced_accuracy, macro_f1, auroc, ece, brier",
         ),
         (
             {"scale": {"search": [1], "image": "./public"}}, ["./site-a"],

@@ -142,6 +142,16 @@ def test_an_interrupted_training_goes_on_and_ends_like_an_uninterrupted_one(tmp_
     assert_goes_on(run, tmp_path, options)
 
 
+def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_no_place_to_go_on_from(tmp_path, run):
+    make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=16)
+    options = ["--epochs", "12", "--batch-size", "4", "--device", "cpu"]
+    kill_after_an_epoch(["finetune", "base", "images", "-o", "tuned", *options], tmp_path, "tuned")
+    for state in (tmp_path / ".tuned.partial").glob("checkpoints/*/trainer_state.json"):
+        state.write_text(state.read_text()[:20])
+    assert_goes_on(run, tmp_path, options)
+
+
 def forms(base, tuned, folder):
     """The same tuned network as sites' own code leaves it."""
     tensors = load_file(tuned / WEIGHTS)

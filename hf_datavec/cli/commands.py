@@ -42,7 +42,7 @@ def init(options: Namespace) -> None:
 
 
 def finetune(options: Namespace) -> None:
-    from hf_datavec.finetune import Settings
+    from hf_datavec.finetune import Settings, read_record
     from hf_datavec.pipeline import site
     from hf_datavec.tables import table
 
@@ -59,12 +59,16 @@ def finetune(options: Namespace) -> None:
         seed=options.seed,
         probe_steps=options.probe_steps,
         least_squares=options.least_squares,
+        hold_out=options.hold_out,
         **({} if options.target is None else {"target": options.target}),
     )
     examples = site.finetune(
         options.base, options.images, options.output, settings=settings, split=options.split, device=options.device
     )
     _say(table(("label", "images"), [(label, str(count)) for label, count in examples.items()]))
+    if held := read_record(options.output).get("held_out"):
+        told = f"{100 * held['accuracy']:.1f} % right, temperature {held['temperature']:g}"
+        _say(f"held out: {held['images']} images, {told}")
     _say(f"tuned model: {options.output}")
 
 
@@ -101,6 +105,8 @@ def diff(options: Namespace) -> None:
     _say(table(("role", "tensors", "in the vector"), rows))
     for kind, found in (manifest.second_moments or {}).items():
         _say(f"{kind}: second moments of {found.images} images")
+    if manifest.temperature is not None:
+        _say(f"temperature: {manifest.temperature:g}")
     _say(f"vector: {options.output}")
 
 
@@ -169,6 +175,7 @@ def merge(options: Namespace) -> None:
                 "norms": result.geometry.norms,
                 "cosines": result.geometry.cosines,
                 "restoration": result.restoration,
+                "temperature": result.temperature,
                 "search": result.search.as_dict() if result.search else None,
                 "evaluation": result.evaluation.as_dict() if result.evaluation else None,
                 "pushed_to": result.pushed_to,

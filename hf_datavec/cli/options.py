@@ -123,6 +123,14 @@ def _finetune(actions: Commands) -> None:
         "told, makes answers surer; the same at all sites (default: 3)",
     )
     train.add_argument(
+        "--hold-out",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of each class that is not trained on; accuracy and the temperature that fits its labels are "
+        "measured on it, and the vector declares the temperature (docs/restoration.md) (default: %(default)g)",
+    )
+    train.add_argument(
         "--freeze",
         action="append",
         default=[],
@@ -207,7 +215,9 @@ def _coordinator(actions: Commands) -> None:
     _device(merge)
     _json(merge)
 
-    evaluate = _command(actions, "evaluate", "accuracy, balanced accuracy, macro F1, AUROC, ECE with intervals")
+    evaluate = _command(
+        actions, "evaluate", "accuracy, balanced accuracy, macro F1, AUROC, ECE, Brier score with intervals"
+    )
     evaluate.add_argument("model", metavar="MODEL")
     evaluate.add_argument("images", metavar="IMAGES")
     evaluate.add_argument("--split", help="split of the data set")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec.recipe import WeightSearch
 from hf_datavec.second_moments import REVEALED
-from hf_datavec.tables import metric_rows, size, table
+from hf_datavec.tables import metric_name, metric_rows, size, table
 
 if TYPE_CHECKING:
     from hf_datavec.evaluate import Evaluation
@@ -65,13 +65,15 @@ def _number(value: float) -> float | None:
 def _restoration(plan: Plan) -> dict[str, Any]:
     """How statistics are restored, as far as headers tell: the mode, on which images, with which sites' statistics."""
     wanted = plan.recipe.recalibrate
+    temperature = wanted.temperature if wanted else "none"
     if wanted is None or not plan.base.has_statistics:
-        return {"mode": "none", "images": None, "statistics_of": []}
+        return {"mode": "none", "images": None, "statistics_of": [], "temperature": temperature}
     shared = [one.name for one in plan.contributions if one.has_statistics]
     return {
         "mode": wanted.mode,
         "images": wanted.images if wanted.looks_at_images else None,
         "statistics_of": shared if wanted.mode != "none" else [],
+        "temperature": temperature,
     }
 
 
@@ -110,6 +112,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
         ("recalibrate", _restoration_line(plan)),
     ]
+    if (temperature := _restoration(plan)["temperature"]) != "none":
+        lines.append(("temperature", str(temperature)))
     if plan.download_bytes:
         lines.append(("downloads", size(plan.download_bytes)))
     lines += [
@@ -127,7 +131,9 @@ def evaluation_table(found: Evaluation) -> str:
 
 def search_table(found: Search) -> str:
     """What a search tried and chose."""
-    return table((f"{found.kind}, on {found.count} images of {found.images}", f"{found.metric} in %", ""), found.rows)
+    name = metric_name(found.metric)
+    header = name if name.endswith("x 100") else f"{name} in %"
+    return table((f"{found.kind}, on {found.count} images of {found.images}", header, ""), found.rows)
 
 
 def found_table(found: list[Found]) -> str:

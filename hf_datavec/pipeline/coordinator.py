@@ -19,15 +19,17 @@ from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, finished, ledger, lock, weights
+from hf_datavec.pipeline import choosing, confidence, finished, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.choosing import Choice, Chooser
+from hf_datavec.pipeline.confidence import Scaled
 from hf_datavec.pipeline.prepare import (
     Prepared,
     calibration_images,
+    confidence_images,
     evaluation_images,
     learning_images,
     prepare,
@@ -61,6 +63,7 @@ class MergeResult:
     evaluation: Evaluation | None
     pushed_to: str | None
     search: Search | None = None
+    temperature: float | None = None
 
 
 def merge(path: Path, *, output: Path | None = None, push: bool = True, device: devices.Device = "auto") -> MergeResult:
@@ -106,10 +109,13 @@ def _merged(
     if why:
         log.info("%s", why)
     if pushing:
-        geometry = processes.on_main(lambda: finished.geometry_of(output, prepared, images.public, images.test, place))
+        told = processes.on_main(lambda: finished.temperature_of(output, prepared))
+        made = replace(prepared, plan=variants.tempered(prepared.plan, told))
+        pinned = images.public or images.confidence
+        geometry = processes.on_main(lambda: finished.geometry_of(output, made, pinned, images.test, place))
         if geometry is not None:
             vectors.wait()
-            return _handed_over(prepared, output, geometry)
+            return _handed_over(made, output, geometry)
         processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
     result = _made(prepared, why, images, where, vectors)
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
@@ -117,17 +123,24 @@ def _merged(
 
 @dataclass(frozen=True)
 class Images:
-    """The images that a merge looks at: to restore, to measure, to search, to learn coefficients."""
+    """The images that a merge looks at: to restore, to measure, to search, to learn, to fit a temperature."""
 
     public: ImageSet | None
     test: ImageSet | None
     labelled: ImageSet | None
     learning: ImageSet | None
+    confidence: ImageSet | None
+
+    @property
+    def pinned(self) -> ImageSet | None:
+        """The recipe's calibration images, whatever they are looked at for."""
+        return self.public or self.confidence or self.learning
 
 
 def _open_images(prepared: Prepared) -> Images:
     public, test = calibration_images(prepared), evaluation_images(prepared)
-    return Images(public, test, search_images(prepared), learning_images(prepared))
+    labelled, learning = search_images(prepared), learning_images(prepared)
+    return Images(public, test, labelled, learning, confidence_images(prepared, public))
 
 
 def _refuse_hopeless(plan: Plan, output: Path) -> None:
@@ -160,7 +173,8 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         resume = recipe.merge.searched is None and images.learning is None
         if not resume:
             vectors.begin()
-        again = not resume or chosen.mode != "none" or images.test is not None or recipe.push is not None
+        looking = chosen.mode != "none" or images.test is not None or images.confidence is not None
+        again = not resume or looking or recipe.push is not None
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
@@ -181,15 +195,30 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         if images.labelled is not None:
             tried = Tried(folder, plan, make, restored, place)
             choice = Chooser(images.labelled, tried).choose(plan, gram)
-        prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
+        scaled = _scaled(choice.plan, folder, images, place, digest)
+        choice, prepared = replace(choice, plan=scaled.plan), replace(prepared, plan=scaled.plan)
+        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration, scaled.text)))
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()
         done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured)
         processes.on_main(lambda: _finish(done, images, folder, output))
-    return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)
+    result = MergeResult(
+        output, choice.plan, scaled.digest, gram.geometry(), restoration, measured, None, choice.search
+    )
+    return replace(result, temperature=scaled.temperature)
+
+
+def _scaled(plan: Plan, folder: Path, images: Images, device: str, digest: str) -> Scaled:
+    """The merge with its confidence scaled; the plan is not sent between processes, which all have it."""
+
+    def found() -> tuple[float | None, str, str]:
+        scaled = confidence.scale(plan, folder, images.confidence, device, digest)
+        return scaled.temperature, scaled.text, scaled.digest
+
+    temperature, text, digest = processes.on_main(found)
+    return Scaled(variants.tempered(plan, "none" if temperature is None else temperature), text, digest)
 
 
 @dataclass(frozen=True)
@@ -208,7 +237,8 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     """Write everything that will stand beside the weights in `output`, the lock included."""
     choosing.clear(folder)
     prepared, public, search = done.prepared, images.public, done.choice.search
-    calibration = public.fetched if public else None
+    looked_at = public or images.confidence
+    calibration = looked_at.fetched if looked_at else None
     shown = aliased(prepared)
     rounds = _rounds(prepared, done.restoration)
     lineage.write(folder, rounds)
@@ -220,7 +250,7 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
         replace(done.adapted, sites=sites).write(folder)
     _describe(fusion, folder)
     if fusion.locked:
-        locked = lock.text(prepared, public or images.learning, images.test, images.labelled, folder=output)
+        locked = lock.text(prepared, images.pinned, images.test, images.labelled, folder=output)
         (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
     elif not prepared.recipe.lock:
         log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, images.test))
@@ -232,7 +262,8 @@ def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeR
     digest, measured = tensors.open_folder(output).digest, finished.evaluation_of(output)
     sentence = "The fused model was complete before; this run only pushed it."
     target = processes.on_main(lambda: _pushed(prepared, output))
-    return MergeResult(output, prepared.plan, digest, geometry, sentence, measured, target)
+    found = MergeResult(output, prepared.plan, digest, geometry, sentence, measured, target)
+    return replace(found, temperature=confidence.given(prepared.plan))
 
 
 def _output(prepared: Prepared, output: Path | None) -> Path:

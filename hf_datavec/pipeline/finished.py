@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
-from hf_datavec import fuse, tensors
+from hf_datavec import fuse, head_scaling, tensors
+from hf_datavec import recipe as recipes
 from hf_datavec.checkpoint import Role
+from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.metrics import Estimate
 from hf_datavec.pipeline import lock
 from hf_datavec.pipeline.aliases import aliased
+from hf_datavec.pipeline.confidence import given
 from hf_datavec.pipeline.prepare import Prepared
 
 EVALUATION_FILE = "evaluation.json"
@@ -39,10 +43,26 @@ def geometry_of(
     fused = {step.name for step in prepared.plan.steps if step.role in (Role.WEIGHT, Role.HEAD)}
     if not fused <= set(stored.records):
         return None
+    heads, temperature = prepared.plan.base.named(Role.HEAD), given(prepared.plan)
     for name, tensor in fuse.run(prepared.plan, only=fused, device=device, gram=gram):
+        if temperature is not None and name in heads:
+            tensor = head_scaling.divided(tensor, temperature)
         if not torch.equal(stored.read(name), tensor):
             return None
     return gram.geometry()
+
+
+def temperature_of(output: Path, prepared: Prepared) -> float | Literal["none"]:
+    """What the lock of an earlier run says that it scaled the confidence by; without a lock what the recipe says."""
+    wanted = prepared.plan.recipe.recalibrate
+    if wanted is None or wanted.temperature == "none":
+        return "none"
+    try:
+        locked = recipes.load(lock.beside(prepared) if prepared.recipe.aliases else output / lock.LOCK_FILE)
+    except InputError:
+        return given(prepared.plan) or "none"
+    found = locked.recalibrate.temperature if locked.recalibrate else "none"
+    return "none" if isinstance(found, str) else found
 
 
 def _texts(output: Path, prepared: Prepared, public: ImageSet | None, test: ImageSet | None) -> dict[Path, str]:

@@ -13,6 +13,7 @@ from hf_datavec.images import ImageSet
 from hf_datavec.pipeline.prepare import (
     Prepared,
     calibration_images,
+    confidence_images,
     evaluation_images,
     learning_images,
     search_images,
@@ -36,7 +37,7 @@ def write(prepared: Prepared, test: ImageSet | None = None) -> Path:
     test = test or evaluation_images(prepared)
     target = beside(prepared)
     partial = target.with_name(f".{target.name}.partial")
-    public = calibration_images(prepared) or learning_images(prepared)
+    public = calibration_images(prepared) or confidence_images(prepared, None) or learning_images(prepared)
     pinned_text = text(prepared, public, test, search_images(prepared), folder=target.parent)
     partial.write_text(pinned_text, "utf-8")
     partial.replace(target)

@@ -78,8 +78,9 @@ def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
 
 def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
     """What is wrong with images and push targets, so that it is known before anything is computed."""
-    restore = recipe.recalibrate if base.has_statistics else None
-    restore = restore if restore and restore.mode != "none" else None  # nobody looks at these images then
+    restore = recipe.recalibrate
+    if restore and not restore.fits_temperature and (restore.mode == "none" or not base.has_statistics):
+        restore = None  # nobody looks at these images then
     for section in (restore, recipe.merge.searched, recipe.evaluate):
         if section and section.images:
             try:
@@ -110,6 +111,24 @@ def calibration_images(prepared: Prepared) -> ImageSet | None:
     if wanted is None or not wanted.looks_at_images or not prepared.plan.base.has_statistics:
         return None
     return _public(prepared)
+
+
+def confidence_images(prepared: Prepared, public: ImageSet | None) -> ImageSet | None:
+    """The images that the recipe fits a temperature on, if it does; `public` are the calibration images if open.
+
+    Raises: InputError when they cannot be opened, are not those that the lock pins, or lack labels that are needed.
+    """
+    wanted, plan = prepared.recipe.recalibrate, prepared.plan
+    if wanted is None or not wanted.fits_temperature or not plan.base.has_linear_head:
+        return None
+    images = public or _public(prepared)
+    if wanted.temperature == "labels":
+        try:
+            images.label_rows(plan.labels)
+        except InputError as error:
+            hint = f"{error.hint}; or use temperature: ensemble, which looks at no label"
+            raise InputError(error.problem, hint=hint) from None
+    return images
 
 
 def search_images(prepared: Prepared) -> ImageSet | None:

@@ -42,7 +42,7 @@ def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
         return Restoration("none", sites, Domain(None))
     domain, blind = Domain(None), False
     if public is not None:
-        domain = recalibrate.compare(sites, _pictures(sites, public, wanted))
+        domain = recalibrate.compare(sites, calibration_pictures(sites, public, wanted))
         if wanted.mode == "tune":
             blind = _labelled(public, wanted, plan.labels) is None
     everyone = len(sites.members) == len(plan.contributions)
@@ -118,7 +118,7 @@ def _wanted_names(mode: str) -> Callable[[str], bool]:
 
 def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, chosen: Restoration) -> str:
     """Restore a network in memory; returns a sentence, empty when the network has no BatchNorm layer."""
-    pictures = _pictures(chosen.sites, public, wanted, network=network)
+    pictures = calibration_pictures(chosen.sites, public, wanted, network=network)
     mode = chosen.mode
     if mode == "tune":
         # Tuning starts from statistics that fit, so that its few steps need not make up for them.
@@ -193,7 +193,7 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
-def _pictures(
+def calibration_pictures(
     sites: Sites, public: ImageSet, wanted: Recalibrate, *, network: models.Network | None = None
 ) -> Pictures:
     """The calibration images as every network here takes them, prepared once each; a bar for the fused one's."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_datavec import finetune as training
-from hf_datavec import hub, study_base, vector, vector_file
+from hf_datavec import held_out, hub, study_base, vector, vector_file
 from hf_datavec import noise as noising
 from hf_datavec.card import licence
 from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
@@ -77,7 +78,7 @@ def train(
             "--augment is for epochs, of which there are none: heads see pictures as they are", hint="leave it out"
         )
     refuse_existing(output)
-    pictures.label_rows(checkpoint.labels)
+    held_out.split(pictures.label_rows(checkpoint.labels), settings.hold_out, settings.seed)  # refused early if at all
     network = load(checkpoint.folder, device=devices.choose(device))
     refuse_offloaded(network, "training")
     if partial_path(output.absolute()).exists():
@@ -138,9 +139,20 @@ def diff(
             training=record.get("settings"),
             second_moments=beside,
             noise=noised,
+            temperature=_temperature(record, tuned),
         )
         (folder / "README.md").write_text(vector_card(manifest, license=licence(fetched.folder)), "utf-8")
     return manifest
+
+
+def _temperature(record: dict[str, Any], tuned: str) -> float | None:
+    """The temperature of the held-out images in the record of a training, if there is one."""
+    held = record.get("held_out")
+    found = held.get("temperature") if isinstance(held, dict) else None
+    if found is None or (isinstance(found, (int, float)) and 0 < found < math.inf):
+        return None if found is None else float(found)
+    hint = "train again with --hold-out, or remove held_out from it"
+    raise InputError(f"'{tuned}': training.json has the temperature {found!r}, expected a number above 0", hint=hint)
 
 
 def _noised(

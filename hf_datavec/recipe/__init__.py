@@ -14,6 +14,7 @@ from hf_datavec.recipe.problems import method_problems, sense_problems, told
 from hf_datavec.recipe.schema import schema
 from hf_datavec.recipe.sections import (
     AUTO,
+    FITTED,
     Evaluate,
     Finite,
     LockedInput,
@@ -33,6 +34,7 @@ from hf_datavec.recipe.sections import (
 
 __all__ = [
     "AUTO",
+    "FITTED",
     "Evaluate",
     "Finite",
     "LockedInput",

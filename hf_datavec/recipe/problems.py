@@ -13,6 +13,7 @@ from hf_datavec.located import Document, KeyPath, LocatedError
 from hf_datavec.methods import all_methods, options_model
 from hf_datavec.recipe.sections import (
     AUTO,
+    FITTED,
     Evaluate,
     Lock,
     Merge,
@@ -212,6 +213,10 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if restore and restore.mode in NEED_IMAGES and not restore.images:
         hint = "name a folder or data set of public images, or use mode: moments or none"
         yield document.problem(("recalibrate",), f"mode '{restore.mode}' needs 'images:'", at="key", hint=hint)
+    if restore and restore.temperature in FITTED and not restore.images:
+        problem = f"'{restore.temperature}' is fitted on public images, and there are no 'images:'"
+        hint = "add images: ./public-images, or use temperature: sites, or a number"
+        yield document.problem(("recalibrate", "temperature"), problem, at="key", hint=hint)
     if restore and restore.mode != "tune" and restore.tune is not None:
         problem = f"is for mode 'tune' alone, but the mode is '{restore.mode}'"
         yield document.problem(("recalibrate", "tune"), problem, at="key", hint="remove it, or use mode: tune")

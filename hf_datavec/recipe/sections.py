@@ -80,7 +80,7 @@ class Measured(Section):
     images: Text
     split: Text | None = None
     # Sites differ in their class mix, so that plain accuracy would favour whatever guesses the common class.
-    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"] = "balanced_accuracy"
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "brier"] = "balanced_accuracy"
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
@@ -161,8 +161,30 @@ class Tune(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
 
 
+# What is done about the confidence of answers where a recipe does not say it.
+TEMPERATURE: Literal["none"] = "none"
+# The temperatures that are fitted on the calibration images.
+FITTED = ("labels", "ensemble")
+
+
+def _known_temperature(value: Any) -> Any:
+    # Said in one sentence; a union of two types would give one message for each.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    if number or value in ("none", "labels", "ensemble", "sites", AUTO):
+        return value
+    problem = "expected 'none', 'labels', 'ensemble', 'sites', 'auto' or a number above 0"
+    raise PydanticCustomError("temperature", problem)
+
+
+Temperature = Annotated[
+    Literal["none", "labels", "ensemble", "sites", "auto"] | Annotated[float, Field(gt=0)],
+    BeforeValidator(_known_temperature),
+]
+
+
 class Recalibrate(Section):
-    """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone.
+    """How BatchNorm layers and confidence are restored; `images` are public, their labels are looked at by `tune` and
+    `temperature: labels` alone.
 
     `count` is how many are looked at, at most: beyond 512, not more than it takes for the standard error of every
     layer's statistics to be at most `tolerance` standard deviations.
@@ -175,6 +197,7 @@ class Recalibrate(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05
     tune: Tune | None = None
+    temperature: Temperature = TEMPERATURE
 
     @property
     def tuning(self) -> Tune:
@@ -185,6 +208,11 @@ class Recalibrate(Section):
     def looks_at_images(self) -> bool:
         """Whether the mode restores on images, if there are any."""
         return self.mode not in ("none", "moments") and self.images is not None
+
+    @property
+    def fits_temperature(self) -> bool:
+        """Whether a temperature is fitted on images, if there are any."""
+        return self.temperature in (*FITTED, AUTO) and self.images is not None
 
 
 class Evaluate(Section):

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_datavec.metrics import CONFIDENCE, Estimate, weighted
-from hf_datavec.search import LESS_IS_BETTER
+from hf_datavec.metrics import CONFIDENCE, LESS_IS_BETTER, Estimate, weighted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +131,7 @@ def interval(value: float, spread: Floats) -> Estimate:
 
 
 def best_of(sites: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The best single site by each metric on its own, the hardest bar there is."""
+    """The best single site by each metric on its own, the hardest bar there is; of errors the least."""
     return {name: (min if name in LESS_IS_BETTER else max)(one[name] for one in sites) for name in sites[0]}
 
 

@@ -10,7 +10,7 @@ from hf_datavec.metrics import METRICS
 from hf_datavec.study import conclusion
 from hf_datavec.study.listing import HEADS_ALONE, START_ALONE
 from hf_datavec.study.results import Line, Results
-from hf_datavec.tables import markdown_table
+from hf_datavec.tables import markdown_table, metric_name
 
 TABLE_FILE = "README.md"
 RANDOM_WITH_START = (
@@ -83,7 +83,7 @@ def legend(results: Results) -> str:
 
 
 def _lines(title: str, paragraphs: tuple[str, ...], lines: Sequence[Line]) -> Chapter:
-    header = ("row", *(name.replace("_", " ") for name in METRICS))
+    header = ("row", *(metric_name(name) for name in METRICS))
     rows = tuple((line.shown, *(line.cell(name) for name in METRICS)) for line in lines)
     return Chapter(title, paragraphs, header, rows, tuple(line.kind for line in lines))
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from hf_datavec.metrics import METRICS, Estimate, weighted
-from hf_datavec.search import LESS_IS_BETTER
+from hf_datavec.metrics import LESS_IS_BETTER, METRICS, Estimate, weighted
 from hf_datavec.study import recipes, rounds, trivial
 from hf_datavec.study.comparison import Paired, Resampling, best_of, interval, mean_of, paired, point
 from hf_datavec.study.countdown import Countdown

@@ -46,6 +46,12 @@ class Part(ImageSet):
             return picture
         return rescan(picture, scanner, np.random.default_rng(self.places[index]))
 
+    def part(self, indices: Sequence[int]) -> Part:
+        """The pictures of some indices as a set of their own."""
+        places = tuple(self.places[index] for index in indices)
+        scanners = tuple(self.scanners[index] for index in indices)
+        return replace(self, rows=self.rows.select(indices), places=places, scanners=scanners, kept={})
+
     @cached_property
     def digest(self) -> str:
         """BLAKE3 over the encoded pictures and the names of their scanners."""

@@ -1,0 +1,168 @@
+"""The confidence of a fused network: a temperature that is given, fitted or declared, put into its head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from hf_datavec import head_scaling, models, recalibrate, temperature, variants
+from hf_datavec.errors import RunError
+from hf_datavec.images import ImageSet, evenly_spread
+from hf_datavec.pipeline.restore import calibration_pictures
+from hf_datavec.plan import FEW_IMAGES, Plan
+from hf_datavec.recalibrate import Pictures, Sites
+from hf_datavec.recipe import AUTO
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    # The probabilities (n, labels) that a teacher gives the calibration images, in their order.
+    Teacher: TypeAlias = Callable[[], Floats]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The plan with the temperature in place of how it is found, what to say about it, and the new content digest."""
+
+    plan: Plan
+    text: str
+    digest: str
+
+    @property
+    def temperature(self) -> float | None:
+        """What the head was divided by, if it was."""
+        return given(self.plan)
+
+
+def given(plan: Plan) -> float | None:
+    """The temperature that a plan's recipe has as a number."""
+    wanted = plan.recipe.recalibrate
+    return None if wanted is None or isinstance(wanted.temperature, str) else float(wanted.temperature)
+
+
+def scale(
+    plan: Plan, folder: Path, images: ImageSet | None, device: str, digest: str, *, teacher: Teacher | None = None
+) -> Scaled:
+    """Find the temperature that the recipe asks for and divide the head of the written model by it.
+
+    `images` are the calibration images, None where nothing is fitted on them; without a `teacher`, the sites' networks
+    together are it. Raises: InputError for labels that are missing, RunError for a network that gives NaN.
+    """
+    wanted = plan.recipe.recalibrate
+    if wanted is None or wanted.temperature == "none":
+        return Scaled(plan, "", digest)
+    if not plan.base.has_linear_head:
+        return _skipped(plan, "its head is no single linear layer", digest)
+    kind = _kind(plan, images)
+    if kind is None:
+        return _skipped(plan, "there are no calibration images, and not every site declares a temperature", digest)
+    if isinstance(kind, str):
+        found, how = _declared(plan) if kind == "sites" else _fitted(plan, folder, images, device, teacher=teacher)
+        found = float(f"{found:.4g}")  # more digits would be noise; the lock has these
+    else:
+        found, how = float(kind), "as the recipe says"
+    text = f"Confidence was scaled by temperature {found:g}, {how}."
+    log.info("recalibrate: %s", text)
+    return Scaled(variants.tempered(plan, found), text, head_scaling.scale_folder(folder, found))
+
+
+def _skipped(plan: Plan, why: str, digest: str) -> Scaled:
+    text = f"Confidence was not scaled, since {why}."
+    log.info("note: %s", text)
+    return Scaled(variants.tempered(plan, "none"), text, digest)
+
+
+def _kind(plan: Plan, images: ImageSet | None) -> float | str | None:
+    """The temperature, or where it comes from; None when `auto` finds nothing to go by."""
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # else nobody asks
+    if wanted.temperature != AUTO:
+        return wanted.temperature
+    if images is not None:
+        return "ensemble"
+    return "sites" if all(one.temperature is not None for one in plan.contributions) else None
+
+
+def _declared(plan: Plan) -> tuple[float, str]:
+    """The mean of the sites' temperatures, by their numbers of images where all declare these."""
+    declared = [one.temperature or 1.0 for one in plan.contributions]  # sites without one have been refused
+    counts = [one.examples for one in plan.contributions]
+    known = [float(count) for count in counts if count]
+    by_counts = len(known) == len(counts)
+    found = temperature.weighted_mean(declared, known if by_counts else [1.0] * len(counts))
+    how = "weighed by their numbers of images" if by_counts else "all alike"
+    return found, f"the mean of what {_counted(len(declared), 'site')} declared, {how}"
+
+
+def _fitted(
+    plan: Plan, folder: Path, images: ImageSet | None, device: str, *, teacher: Teacher | None
+) -> tuple[float, str]:
+    import numpy as np
+
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # else nothing is fitted
+    assert images is not None  # a recipe without has been refused
+    sites = recalibrate.sharing(plan.base, plan.contributions, device=device)
+    pictures = calibration_pictures(sites, images, wanted)
+    found = log_probabilities(models.load(folder, device=device), pictures)
+    on = f"{_counted(pictures.count, 'image')} of `{images.fetched.reference.identity}`"
+    if wanted.temperature == "labels":
+        rows = np.array(images.label_rows(plan.labels))[evenly_spread(len(images), pictures.count)]
+        result, how = temperature.fit_labels(found, rows), f"fitted to the labels of {on}"
+        if pictures.count < FEW_IMAGES:
+            log.warning("warning: a temperature of %s is mostly chance; some hundreds are usual", on)
+    else:
+        probabilities = teacher() if teacher else ensemble_probabilities(sites, plan.labels, pictures)
+        result = temperature.fit_ensemble(found, probabilities)
+        how = f"fitted to the ensemble of {_counted(len(sites.members), 'site')} on {on}"
+    if result in (temperature.LEAST, temperature.MOST):
+        log.warning("warning: the temperature %g is an end of its range; the images may tell nothing of it", result)
+    return result, how
+
+
+def ensemble_probabilities(sites: Sites, labels: tuple[str, ...], pictures: Pictures) -> Floats:
+    """The probabilities (n, labels) of the sites' networks together: softmax of their mean log-probabilities.
+
+    Each network runs with its own statistics. A label is averaged over the sites that have it.
+    """
+    import numpy as np
+
+    total, counts = np.zeros((pictures.count, len(labels))), np.zeros(len(labels))
+    for network, _ in sites.networks():
+        columns = [labels.index(label) for label in network.labels]
+        total[:, columns] += log_probabilities(network, pictures)
+        counts[columns] += 1
+    powers = np.exp(total / counts)
+    result: Floats = powers / powers.sum(1, keepdims=True)
+    return result
+
+
+def log_probabilities(network: models.Network, pictures: Pictures) -> Floats:
+    """A network's log-probabilities (n, labels) for pictures. Raises: RunError for NaN or infinite logits."""
+    import numpy as np
+
+    return np.concatenate(list(_batches(network, pictures)))
+
+
+def _batches(network: models.Network, pictures: Pictures) -> Iterator[Floats]:
+    import torch
+
+    for start in range(0, pictures.count, pictures.batch_size):
+        with torch.no_grad():
+            some = range(start, min(start + pictures.batch_size, pictures.count))
+            logits = network.logits(pictures.load(some)).double()
+        if not bool(torch.isfinite(logits).all()):
+            hint = "its weights or BatchNorm statistics are broken: a smaller scale, or recalibration, may help"
+            raise RunError("a network gives NaN or infinite values, so no temperature can be fitted", hint=hint)
+        yield torch.log_softmax(logits, dim=1).cpu().numpy()
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
