@@ -6,10 +6,13 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec import candidates
+from hf_datavec.ensemble import MOST_IMAGES
 from hf_datavec.recipe import WeightSearch
 from hf_datavec.tables import metric_rows, size, table
 
 if TYPE_CHECKING:
+    from hf_datavec.candidates import Verdict
     from hf_datavec.evaluate import Evaluation
     from hf_datavec.manifest import Manifest
     from hf_datavec.pipeline.discovery import Found
@@ -53,6 +56,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "survey_passes": plan.survey_passes,
         "recalibrate": _restoration(plan),
+        "auto": _choice_line(plan) if candidates.wanted(plan) else None,
         "notes": plan.notes,
     }
 
@@ -82,6 +86,14 @@ def _restoration_line(plan: Plan) -> str:
     return f"{found['mode']}{on}; {len(found['statistics_of'])} of {len(plan.contributions)} sites share statistics"
 
 
+def _choice_line(plan: Plan) -> str:
+    """How what the recipe leaves open will be decided, as far as headers tell."""
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # the images are there
+    most, count = min(wanted.count, MOST_IMAGES), sum(len(one.modes) for one in candidates.of(plan))
+    return f"by agreement with the sites' networks on up to {most} images of {wanted.images}, of {count} candidates"
+
+
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     """A plan as the rows of a table."""
     lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {short(plan.base_digest)})")]
@@ -99,6 +111,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         searched = plan.recipe.merge.searched
         what = "weights" if isinstance(searched, WeightSearch) else "scale"
         lines.append((f"search for {what}", f"by {searched.metric.replace('_', ' ')} on {searched.images}"))
+    if candidates.wanted(plan):
+        lines.append(("auto", _choice_line(plan)))
     if plan.recipe.merge.clip is not None:
         most = "the median of their norms" if plan.recipe.merge.clip == "median" else f"norm {plan.recipe.merge.clip:g}"
         lines.append(("clip", f"vectors to at most {most}"))
@@ -122,6 +136,12 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
 def evaluation_table(found: Evaluation) -> str:
     """Metrics with their intervals."""
     return table((f"{found.count} images of {found.images}", "% (95 % interval)"), metric_rows(found.metrics))
+
+
+def choice_table(found: Verdict) -> str:
+    """What `auto` tried and chose."""
+    header = (f"on {found.count} images of {found.images}", "restored by", "divergence", "same answer in %", "")
+    return table(header, found.rows)
 
 
 def search_table(found: Search) -> str:

@@ -5,30 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hf_datavec import automatic, heatmap, hub, lineage, models, processes, study_base, tensors, variants
+from hf_datavec import automatic, candidates, heatmap, hub, lineage, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
-from hf_datavec.errors import InputError
+from hf_datavec.agreement import Agreement
+from hf_datavec.candidates import Verdict
+from hf_datavec.errors import InputError, RunError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, finished, ledger, lock, weights
+from hf_datavec.pipeline import choosing, finished, judging, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.choosing import Choice, Chooser
+from hf_datavec.pipeline.deciding import Decider
 from hf_datavec.pipeline.prepare import (
     Prepared,
-    calibration_images,
     evaluation_images,
+    judging_images,
     learning_images,
     prepare,
     search_images,
@@ -61,6 +64,8 @@ class MergeResult:
     evaluation: Evaluation | None
     pushed_to: str | None
     search: Search | None = None
+    agreement: Agreement | None = None
+    verdict: Verdict | None = None
 
 
 def merge(path: Path, *, output: Path | None = None, push: bool = True, device: devices.Device = "auto") -> MergeResult:
@@ -100,16 +105,18 @@ def _merged(
     """Make the fused model, or find it made, and hand it over; nothing appears before all vectors are verified."""
     output, place = where
     # One process decides, since a number on an edge may fall to either side on another machine.
-    decided = processes.on_main(lambda: automatic.decide(prepared.plan))
+    by_agreement = candidates.wanted(prepared.plan)
+    decided = None if by_agreement else processes.on_main(lambda: automatic.decide(prepared.plan))
     resolved, why = automatic.applied(prepared.plan, decided)
     prepared = replace(prepared, plan=resolved)
     if why:
         log.info("%s", why)
     if pushing:
-        geometry = processes.on_main(lambda: finished.geometry_of(output, prepared, images.public, images.test, place))
+        before = finished.resolved(output, prepared) if by_agreement else prepared
+        geometry = processes.on_main(lambda: finished.geometry_of(output, before, images.judged, images.test, place))
         if geometry is not None:
             vectors.wait()
-            return _handed_over(prepared, output, geometry)
+            return _handed_over(before, output, geometry)
         processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
     result = _made(prepared, why, images, where, vectors)
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
@@ -117,17 +124,22 @@ def _merged(
 
 @dataclass(frozen=True)
 class Images:
-    """The images that a merge looks at: to restore, to measure, to search, to learn coefficients."""
+    """The images that a merge looks at: to judge and to restore, to measure, to search, to learn coefficients."""
 
-    public: ImageSet | None
+    judged: ImageSet | None
     test: ImageSet | None
     labelled: ImageSet | None
     learning: ImageSet | None
 
+    def public(self, plan: Plan) -> ImageSet | None:
+        """Those that a plan restores on, if it does and the network has statistics to restore."""
+        wanted = plan.recipe.recalibrate
+        return self.judged if wanted and wanted.looks_at_images and plan.base.has_statistics else None
+
 
 def _open_images(prepared: Prepared) -> Images:
-    public, test = calibration_images(prepared), evaluation_images(prepared)
-    return Images(public, test, search_images(prepared), learning_images(prepared))
+    judged, test = judging_images(prepared), evaluation_images(prepared)
+    return Images(judged, test, search_images(prepared), learning_images(prepared))
 
 
 def _refuse_hopeless(plan: Plan, output: Path) -> None:
@@ -149,13 +161,18 @@ def _staged(output: Path) -> Iterator[Path]:
 def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str], vectors: Verification) -> MergeResult:
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
-    chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
     describing = partial(import_ahead, *DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
     with _staged(output) as folder:
         processes.on_main(
             lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         )
+        prepared, judge, verdict = _judged(prepared, images, folder, place)
+        why = replace(verdict, names=_aliases(prepared, verdict.names)).text if verdict else why
+        public = images.public(prepared.plan)
+        chosen = processes.together(lambda: restoring.decide(prepared.plan, public, place))
+        if judge is not None:
+            judge.spares(chosen)
         # Only a merge in one go leaves weights that a next run would make again.
         resume = recipe.merge.searched is None and images.learning is None
         if not resume:
@@ -165,10 +182,10 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
             digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again, meanwhile=describing)
-            return restoring.restore(plan, folder, images.public, chosen, digest)
+            return restoring.restore(plan, folder, public, chosen, digest)
 
         def restored(plan: Plan, network: models.Network) -> Mapping[str, torch.Tensor]:
-            return restoring.restored(plan, network, images.public, chosen)
+            return restoring.restored(plan, network, public, chosen)
 
         plan, adapted = prepared.plan, None
         if images.learning is not None:
@@ -185,11 +202,38 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
+        agreed = judging.held_against(judge, folder, place, mean=verdict.mean if verdict else None)
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()
-        done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured)
+        done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured, agreed, verdict)
         processes.on_main(lambda: _finish(done, images, folder, output))
-    return MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)
+    result = MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)
+    return replace(result, agreement=agreed, verdict=verdict)
+
+
+def _judged(
+    prepared: Prepared, images: Images, folder: Path, place: str
+) -> tuple[Prepared, judging.Judge | None, Verdict | None]:
+    """The ensemble of the sites' networks, if there are images for it, and what it decides where the recipe says
+    `auto`."""
+    plan, judged = prepared.plan, images.judged
+    if judged is None:
+        return prepared, None, None
+    judge = processes.together(lambda: judging.judge(plan, judged, place))
+    if not candidates.wanted(plan):
+        return prepared, judge, None
+    if judge is None:
+        problem = "`auto` cannot choose: no site's network gives finite answers on the public images"
+        raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method, scale and mode")
+    decided, verdict = Decider(judge, folder, place).decide(plan)
+    return replace(prepared, plan=decided), judge, verdict
+
+
+def _aliases(prepared: Prepared, names: Sequence[str]) -> tuple[str, ...]:
+    """The sites' names as the fused model's folder tells them."""
+    pairs = zip(prepared.plan.contributions, aliased(prepared).plan.contributions, strict=True)
+    told = {ours.name: theirs.name for ours, theirs in pairs}
+    return tuple(told[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -202,12 +246,14 @@ class Done:
     geometry: Geometry
     restoration: str
     measured: Evaluation | None
+    agreed: Agreement | None
+    verdict: Verdict | None
 
 
 def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     """Write everything that will stand beside the weights in `output`, the lock included."""
     choosing.clear(folder)
-    prepared, public, search = done.prepared, images.public, done.choice.search
+    prepared, public, search = done.prepared, images.judged, done.choice.search
     calibration = public.fetched if public else None
     shown = aliased(prepared)
     rounds = _rounds(prepared, done.restoration)
@@ -216,6 +262,10 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     fusion = replace(fusion, rounds=rounds)
     sites = tuple(one.name for one in shown.plan.contributions)
     fusion = replace(fusion, search=replace(search, sites=sites) if search else None)
+    if agreed := done.agreed:
+        fusion = replace(fusion, agreement=replace(agreed, names=_aliases(prepared, agreed.names)))
+    if verdict := done.verdict:
+        fusion = replace(fusion, verdict=replace(verdict, names=_aliases(prepared, verdict.names)))
     if done.adapted is not None:
         replace(done.adapted, sites=sites).write(folder)
     _describe(fusion, folder)
@@ -281,13 +331,22 @@ def _describe(fusion: Fusion, folder: Path) -> None:
         names = [one.name for one in fusion.plan.contributions]
         heatmap.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
-    if fusion.search:
-        text = json.dumps(fusion.search.as_dict(), indent=2)
+    if found := _searched(fusion):
+        text = json.dumps(found, indent=2)
         (folder / "search.json").write_text(text + "\n", "utf-8")
+    if fusion.agreement:
+        text = json.dumps(fusion.agreement.as_dict(), indent=2)
+        (folder / judging.AGREEMENT_FILE).write_text(text + "\n", "utf-8")
     if fusion.evaluation:
         text = json.dumps(fusion.evaluation.as_dict(), indent=2)
         (folder / finished.EVALUATION_FILE).write_text(text + "\n", "utf-8")
     (folder / "README.md").write_text(fused_card(fusion), "utf-8")
+
+
+def _searched(fusion: Fusion) -> dict[str, Any]:
+    """Everything that was tried, on labelled images and by agreement."""
+    search = fusion.search.as_dict() if fusion.search else {}
+    return {**search, "choice": fusion.verdict.as_dict()} if fusion.verdict else search
 
 
 def _pushed(prepared: Prepared, output: Path) -> str:

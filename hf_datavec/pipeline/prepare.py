@@ -78,8 +78,9 @@ def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
 
 def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
     """What is wrong with images and push targets, so that it is known before anything is computed."""
-    restore = recipe.recalibrate if base.has_statistics else None
-    restore = restore if restore and restore.mode != "none" else None  # nobody looks at these images then
+    restore = recipe.recalibrate
+    if restore and not (recipe.judged or (base.has_statistics and restore.mode != "none")):
+        restore = None  # nobody looks at these images then
     for section in (restore, recipe.merge.searched, recipe.evaluate):
         if section and section.images:
             try:
@@ -101,15 +102,12 @@ def _pinned(reference: hub.Reference, commit: str | None) -> hub.Reference:
     return replace(reference, revision=commit) if reference.repo else reference
 
 
-def calibration_images(prepared: Prepared) -> ImageSet | None:
-    """The public images that the recipe restores BatchNorm statistics on, if it does and the network has any.
+def judging_images(prepared: Prepared) -> ImageSet | None:
+    """The public images that the recipe restores statistics on, or on which the sites' networks judge the fused one.
 
     Raises: InputError when they cannot be opened, or are not those that the lock pins.
     """
-    wanted = prepared.recipe.recalibrate
-    if wanted is None or not wanted.looks_at_images or not prepared.plan.base.has_statistics:
-        return None
-    return _public(prepared)
+    return _public(prepared) if prepared.recipe.judged else None
 
 
 def search_images(prepared: Prepared) -> ImageSet | None:

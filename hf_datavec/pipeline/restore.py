@@ -42,7 +42,7 @@ def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
         return Restoration("none", sites, Domain(None))
     domain, blind = Domain(None), False
     if public is not None:
-        domain = recalibrate.compare(sites, _pictures(sites, public, wanted))
+        domain = recalibrate.compare(sites, pictures(sites, public, wanted))
         if wanted.mode == "tune":
             blind = _labelled(public, wanted, plan.labels) is None
     everyone = len(sites.members) == len(plan.contributions)
@@ -118,18 +118,18 @@ def _wanted_names(mode: str) -> Callable[[str], bool]:
 
 def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, chosen: Restoration) -> str:
     """Restore a network in memory; returns a sentence, empty when the network has no BatchNorm layer."""
-    pictures = _pictures(chosen.sites, public, wanted, network=network)
+    some = pictures(chosen.sites, public, wanted, network=network)
     mode = chosen.mode
     if mode == "tune":
         # Tuning starts from statistics that fit, so that its few steps need not make up for them.
         sites = chosen.sites
         mode = "relative" if chosen.domain.foreign and sites.shared else "statistics"
-    found = recalibrate.measured(mode, network, pictures, chosen.sites, kept=chosen.kept)
+    found = recalibrate.measured(mode, network, some, chosen.sites, kept=chosen.kept)
     recalibrate.assign(network, found.statistics)
     layers = len(found.statistics)
     if not layers:
         return ""
-    named = _named(found, pictures, public)
+    named = _named(found, some, public)
     text = {
         "statistics": f"The statistics of {layers} BatchNorm layers were re-estimated on {named}.",
         "relative": f"The statistics of {layers} BatchNorm layers were carried over from "
@@ -140,7 +140,7 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
     if chosen.mode != "tune":
         return text
     # The steps depend on each other, so one process takes them; only its network is written.
-    return f"{text} {processes.on_main(lambda: _tuned(network, public, pictures, wanted))}"
+    return f"{text} {processes.on_main(lambda: _tuned(network, public, some, wanted))}"
 
 
 def _named(found: recalibrate.Found, pictures: Pictures, public: ImageSet) -> str:
@@ -193,9 +193,7 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
-def _pictures(
-    sites: Sites, public: ImageSet, wanted: Recalibrate, *, network: models.Network | None = None
-) -> Pictures:
+def pictures(sites: Sites, public: ImageSet, wanted: Recalibrate, *, network: models.Network | None = None) -> Pictures:
     """The calibration images as every network here takes them, prepared once each; a bar for the fused one's."""
     count = min(wanted.count, len(public))
     chosen = evenly_spread(len(public), count)

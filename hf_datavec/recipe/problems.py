@@ -40,8 +40,9 @@ LENGTHS_KNOWN = ("sum", "mean")
 
 
 def unknown_length(method: str) -> str:
-    """Why `scale: auto` cannot be told for a method."""
-    return f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{method}'"
+    """Why `scale: auto` cannot be told for a method without public images."""
+    known = ", ".join(LENGTHS_KNOWN)
+    return f"'auto' is known for {known} and for method: auto, not for '{method}' without public images"
 
 
 def told(document: Document, found: Any, known_keys: Callable[[KeyPath, Any], list[str]] | None = None) -> LocatedError:
@@ -183,11 +184,7 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if weighed and recipe.merge.weights == "examples":
         where: KeyPath = ("vectors", weighed[0], "weight")
         yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
-    if recipe.merge.scale == AUTO and recipe.merge.method not in (AUTO, *LENGTHS_KNOWN):
-        problem = (
-            f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{recipe.merge.method}'"
-        )
-        yield document.problem(("merge", "scale"), problem, hint="give a number, or {search: [...], images: ...}")
+    yield from _scale_problems(document, recipe)
     if recipe.merge.method == AUTO:
         hint = "leave it out, or name a method"
         if weighed:
@@ -221,6 +218,22 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
         except re.error as error:
             where = ("merge", "overrides", index, "tensors")
             yield document.problem(where, f"not a regular expression: {error}")
+
+
+def _scale_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]:
+    """A scale that nothing tells: public images tell it for every method but those that learn on them."""
+    method = recipe.merge.method
+    if recipe.merge.scale != AUTO or method in (AUTO, *LENGTHS_KNOWN):
+        return
+    if method in all_methods() and all_methods()[method].learned:
+        problem, hint = (
+            f"'auto' is not known for '{method}', which learns how much of each vector to add",
+            "leave it out",
+        )
+        yield document.problem(("merge", "scale"), problem, hint=hint)
+    elif not recipe.judged:
+        hint = "give a number, {search: [...], images: ...}, or recalibrate: {images: ...} that tell it"
+        yield document.problem(("merge", "scale"), unknown_length(method), hint=hint)
 
 
 def _search_problems(document: Document, recipe: Recipe, weighed: list[int]) -> Iterator[LocatedError]:

@@ -245,6 +245,12 @@ class Recipe(Section):
     lock: Lock | None = None
 
     @property
+    def judged(self) -> bool:
+        """Whether public images are looked at on which the sites' networks can judge the fused one."""
+        restore = self.recalibrate
+        return restore is not None and restore.images is not None and (restore.looks_at_images or self.merge.automatic)
+
+    @property
     def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:
         """The contributions, each in its long form."""
         return tuple(VectorEntry(vector=entry) if isinstance(entry, str) else entry for entry in self.vectors)

@@ -1,0 +1,203 @@
+"""How closely a network's answers follow those of an ensemble, without any label; plain numpy.
+
+All work on logits or logarithms of probabilities (n, k) for the same n images and k labels.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+# A network is calibrated after a merge, so its confidence does not count: logits are divided by the temperature in this
+# range that suits them best. Outside it, a network is broken rather than over- or underconfident.
+COLDEST, HOTTEST = 0.1, 10.0
+# Halvings of that range on a logarithmic scale, until temperatures agree to 13 digits.
+HALVINGS = 45
+# A sound merge diverges from the ensemble about as much as the sites' own networks do.
+LIMIT_FACTOR = 2.0
+# Divergences below this are told apart by chance alone.
+SLACK = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How a network's answers relate to the ensemble's: divergence (0 is best, in nats) and agreement (1 is best)."""
+
+    divergence: float
+    agreement: float
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The same as plain data for JSON; a divergence that is not finite is null."""
+        return {"divergence": _finite(self.divergence), "agreement": self.agreement}
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Divergence and agreement in percent, for tables."""
+        known = math.isfinite(self.divergence)
+        return (f"{self.divergence:.3f}" if known else "not finite"), f"{100 * self.agreement:.1f}"
+
+
+# What a network is worth whose answers are not finite.
+BROKEN = Match(math.inf, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The fused network and each site's held against the ensemble; None for a site that has no say."""
+
+    images: str
+    digest: str
+    count: int
+    names: tuple[str, ...]
+    fused: Match
+    sites: tuple[Match | None, ...]
+    mean: Match | None = None
+
+    @property
+    def caution(self) -> str:
+        """What a user must know; empty when all is well."""
+        return cautions(self.fused, self.sites, self.mean)
+
+    @property
+    def text(self) -> str:
+        """The finding in one sentence."""
+        divergence, agreement = self.fused.texts
+        known = [one.divergence for one in self.sites if one is not None]
+        sites = f" (the sites' own networks: {min(known):.3f} to {max(known):.3f})" if known else ""
+        return (
+            f"On {self.count} public images the fused network diverges by {divergence} from the ensemble of the "
+            f"sites' networks{sites} and gives the same answer for {agreement} % of them."
+        )
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, divergence and agreement of each network, for tables."""
+        found: list[tuple[str, Match | None]] = [("fused", self.fused)]
+        if self.mean is not None:
+            found.append(("plain mean", self.mean))
+        found += sorted(zip(self.names, self.sites, strict=True), key=lambda pair: pair[0])
+        return [(name, *(one.texts if one else ("no finite answers", ""))) for name, one in found]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        sites = zip(self.names, self.sites, strict=True)
+        return {
+            "images": self.images,
+            "digest": self.digest,
+            "count": self.count,
+            "fused": self.fused.as_dict(),
+            "mean": self.mean.as_dict() if self.mean else None,
+            "sites": {name: one.as_dict() if one else None for name, one in sites},
+            "caution": self.caution or None,
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def cautions(fused: Match, sites: Sequence[Match | None], mean: Match | None = None) -> str:
+    """Why a fused network should not be trusted, and what to do; empty when nothing speaks against it."""
+    known = [one.divergence for one in sites if one is not None and math.isfinite(one.divergence)]
+    limit = LIMIT_FACTOR * statistics.median(known) + SLACK if known else math.inf
+    found = []
+    if not fused.divergence <= limit:  # not `>`: what is no number is no sign of agreement
+        found.append(f"more than {LIMIT_FACTOR:g} times as far as a usual site's ({statistics.median(known):.3f})")
+    elif not math.isfinite(fused.divergence):
+        found.append("and its answers are not finite")
+    if mean is not None and fused.divergence > mean.divergence + SLACK:
+        found.append(f"farther than the plain mean of the vectors ({mean.divergence:.3f})")
+    if not found:
+        return ""
+    return (
+        f"The fused network diverges by {fused.texts[0]} from the ensemble of the sites' networks, "
+        f"{' and '.join(found)}: use method: auto or mean, a smaller scale, or recalibrate: {{mode: relative}}; "
+        "`hf-datavec inspect` shows vectors that are unlike the others."
+    )
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """The logarithms of the probabilities, row by row; a logit of minus infinity stays one."""
+    import numpy as np
+
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        found: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return found
+
+
+def at_labels(values: Floats, have: Sequence[str], want: Sequence[str]) -> Floats:
+    """The columns of values (n, k) in the order of other labels; NaN for a label that is not there."""
+    import numpy as np
+
+    found = np.full((len(values), len(want)), np.nan)
+    for column, label in enumerate(want):
+        if label in have:
+            found[:, column] = values[:, have.index(label)]
+    return found
+
+
+def pooled(parts: Floats, weights: Floats | None = None) -> Floats:
+    """The ensemble's logarithms of probabilities (n, k) from those of its members (sites, n, k), NaN for no say.
+
+    The weighted mean over the members that have a say on a label, made to add up to one again; a label on which nobody
+    has a say has probability zero. `weights` are (sites, k).
+    """
+    import numpy as np
+
+    says = ~np.isnan(parts)
+    shares = np.ones(parts.shape[::2]) if weights is None else np.asarray(weights, dtype=np.float64)
+    each = np.where(says, shares[:, None, :], 0.0)
+    total = each.sum(axis=0)
+    summed = (each * np.where(says, parts, 0.0)).sum(axis=0)
+    mean = np.where(total > 0, summed / np.where(total > 0, total, 1.0), -np.inf)
+    return log_softmax(mean)
+
+
+def match(teacher: Floats, student: Floats) -> Match:
+    """Divergence and agreement of a student's logits with a teacher's logarithms of probabilities.
+
+    Only labels that the student has, those without NaN, are looked at. Infinite values make it `BROKEN`.
+    """
+    import numpy as np
+
+    has = ~np.isnan(student).all(axis=0)
+    if not has.any() or not np.isfinite(student[:, has]).all():
+        return BROKEN
+    if not np.isfinite(teacher[:, has]).any(axis=1).all():
+        return BROKEN
+    theirs = log_softmax(teacher[:, has])
+    return Match(divergence(theirs, student[:, has]), agreement(theirs, student[:, has]))
+
+
+def agreement(teacher: Floats, student: Floats) -> float:
+    """The share of images for which both give the same label."""
+    return float((teacher.argmax(axis=1) == student.argmax(axis=1)).mean())
+
+
+def divergence(teacher: Floats, student: Floats) -> float:
+    """The mean of KL(teacher || softmax(student / T)) over images, at the temperature T that makes it least.
+
+    It is convex in 1/T, so that halving the range by the sign of its slope finds the least.
+    """
+    import numpy as np
+
+    shares = np.exp(teacher)
+    entropy = -(shares * np.where(shares > 0, teacher, 0.0)).sum(axis=1)
+    wanted = (shares * student).sum(axis=1)
+    low, high = 1 / HOTTEST, 1 / COLDEST
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        slope = float(((np.exp(log_softmax(middle * student)) * student).sum(axis=1) - wanted).mean())
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    crossed = (shares * log_softmax(math.sqrt(low * high) * student)).sum(axis=1)
+    return max(0.0, float((-crossed - entropy).mean()))
