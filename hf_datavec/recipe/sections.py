@@ -244,11 +244,15 @@ class Recipe(Section):
     round: Annotated[int, Field(ge=1)] | None = None
     lock: Lock | None = None
 
-    @property
-    def judged(self) -> bool:
-        """Whether public images are looked at on which the sites' networks can judge the fused one."""
+    def is_judged(self, *, has_statistics: bool) -> bool:
+        """Whether public images are looked at on which the sites' networks judge the fused one.
+
+        Of a network without BatchNorm statistics only where `auto` asks for it: nothing else looks at images then.
+        """
         restore = self.recalibrate
-        return restore is not None and restore.images is not None and (restore.looks_at_images or self.merge.automatic)
+        if restore is None or restore.images is None:
+            return False
+        return self.merge.automatic or (restore.looks_at_images and has_statistics)
 
     @property
     def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:
