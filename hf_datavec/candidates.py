@@ -31,6 +31,8 @@ SCALES_PER_SITE = (1.0, 1.5, 2.0, 3.0)
 SCALES = (0.5, 0.75, 1.0, 1.5)
 # For `mode: auto`; the second needs a site that shares its statistics.
 MODES = ("statistics", "relative")
+# Divergences that differ beyond these digits are equal: less is what another machine's roundings make.
+DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Verdict:
     @property
     def best(self) -> Trial:
         """The trial that diverges least; of equals the first."""
-        return min(self.trials, key=lambda trial: trial.match.divergence)
+        return min(self.trials, key=lambda trial: round(trial.match.divergence, DIGITS))
 
     @property
     def mean(self) -> Match | None:
