@@ -6,7 +6,6 @@ All work on logits or logarithms of probabilities (n, k) for the same n images a
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,32 +21,37 @@ if TYPE_CHECKING:
 COLDEST, HOTTEST = 0.1, 10.0
 # Halvings of that range on a logarithmic scale, until temperatures agree to 13 digits.
 HALVINGS = 45
-# A sound merge diverges from the ensemble about as much as the sites' own networks do.
-LIMIT_FACTOR = 2.0
-# Divergences below this are told apart by chance alone.
+# The ensemble may support the fused network's answers this much less than those of the best site, or of the plain mean,
+# before a user is warned (docs/choosing.md has the false alarms and misses).
 SLACK = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How a network's answers relate to the ensemble's: divergence (0 is best, in nats) and agreement (1 is best)."""
+    """How a network's answers relate to the ensemble's.
+
+    `support` is the mean probability that the ensemble gives to the network's answers (1 is best), `agreement` the
+    share of images for which both give the same answer (1 is best), `divergence` in nats (0 is best).
+    """
 
     divergence: float
     agreement: float
+    support: float
 
     def as_dict(self) -> dict[str, float | None]:
         """The same as plain data for JSON; a divergence that is not finite is null."""
-        return {"divergence": _finite(self.divergence), "agreement": self.agreement}
+        return {"support": self.support, "agreement": self.agreement, "divergence": _finite(self.divergence)}
 
     @property
-    def texts(self) -> tuple[str, str]:
-        """Divergence and agreement in percent, for tables."""
+    def texts(self) -> tuple[str, str, str]:
+        """Support and agreement in percent, and divergence, for tables."""
         known = math.isfinite(self.divergence)
-        return (f"{self.divergence:.3f}" if known else "not finite"), f"{100 * self.agreement:.1f}"
+        divergence = f"{self.divergence:.3f}" if known else "not finite"
+        return f"{100 * self.support:.1f}", f"{100 * self.agreement:.1f}", divergence
 
 
 # What a network is worth whose answers are not finite.
-BROKEN = Match(math.inf, 0.0)
+BROKEN = Match(math.inf, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +74,22 @@ class Agreement:
     @property
     def text(self) -> str:
         """The finding in one sentence."""
-        divergence, agreement = self.fused.texts
-        known = [one.divergence for one in self.sites if one is not None]
-        sites = f" (the sites' own networks: {min(known):.3f} to {max(known):.3f})" if known else ""
+        support, agreement, divergence = self.fused.texts
+        known = [one.support for one in self.sites if one is not None]
+        sites = f" (the sites' own networks: {100 * min(known):.1f} to {100 * max(known):.1f} %)" if known else ""
         return (
-            f"On {self.count} public images the fused network diverges by {divergence} from the ensemble of the "
-            f"sites' networks{sites} and gives the same answer for {agreement} % of them."
+            f"On {self.count} public images the ensemble of the sites' networks gives the fused network's answers a "
+            f"mean probability of {support} %{sites}; {agreement} % of them are its own, divergence {divergence}."
         )
 
     @property
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Name, divergence and agreement of each network, for tables."""
+    def rows(self) -> list[tuple[str, ...]]:
+        """Name, support, agreement and divergence of each network, for tables."""
         found: list[tuple[str, Match | None]] = [("fused", self.fused)]
         if self.mean is not None:
             found.append(("plain mean", self.mean))
         found += sorted(zip(self.names, self.sites, strict=True), key=lambda pair: pair[0])
-        return [(name, *(one.texts if one else ("no finite answers", ""))) for name, one in found]
+        return [(name, *(one.texts if one else ("no finite answers", "", ""))) for name, one in found]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
@@ -107,21 +111,19 @@ def _finite(value: float) -> float | None:
 
 def cautions(fused: Match, sites: Sequence[Match | None], mean: Match | None = None) -> str:
     """Why a fused network should not be trusted, and what to do; empty when nothing speaks against it."""
-    known = [one.divergence for one in sites if one is not None and math.isfinite(one.divergence)]
-    limit = LIMIT_FACTOR * statistics.median(known) + SLACK if known else math.inf
-    found = []
-    if not fused.divergence <= limit:  # not `>`: what is no number is no sign of agreement
-        found.append(f"more than {LIMIT_FACTOR:g} times as far as a usual site's ({statistics.median(known):.3f})")
-    elif not math.isfinite(fused.divergence):
-        found.append("and its answers are not finite")
-    if mean is not None and fused.divergence > mean.divergence + SLACK:
-        found.append(f"farther than the plain mean of the vectors ({mean.divergence:.3f})")
-    if not found:
+    bars = {"the best site's": max((one.support for one in sites if one is not None), default=0.0)}
+    if mean is not None:
+        bars["the plain mean's"] = mean.support
+    below = [f"{name} {100 * bar:.1f} %" for name, bar in bars.items() if fused.support < bar - SLACK]
+    if not math.isfinite(fused.divergence):
+        below = ["any network's: its answers are not finite"]
+    if not below:
         return ""
     return (
-        f"The fused network diverges by {fused.texts[0]} from the ensemble of the sites' networks, "
-        f"{' and '.join(found)}: use method: auto or mean, a smaller scale, or recalibrate: {{mode: relative}}; "
-        "`hf-datavec inspect` shows vectors that are unlike the others."
+        f"The ensemble of the sites' networks gives the fused network's answers a mean probability of "
+        f"{fused.texts[0]} %, less than {' and '.join(below)}: the fused network may be worse than a site's own. Use "
+        "method: auto or mean, a smaller scale, or recalibrate: {mode: relative}; `hf-datavec inspect` shows vectors "
+        "that are unlike the others."
     )
 
 
@@ -146,21 +148,35 @@ def at_labels(values: Floats, have: Sequence[str], want: Sequence[str]) -> Float
     return found
 
 
-def pooled(parts: Floats, weights: Floats | None = None) -> Floats:
+def pooled(parts: Floats) -> Floats:
     """The ensemble's logarithms of probabilities (n, k) from those of its members (sites, n, k), NaN for no say.
 
-    The weighted mean over the members that have a say on a label, made to add up to one again; a label on which nobody
-    has a say has probability zero. `weights` are (sites, k).
+    The mean over the members that have a say on a label, made to add up to one again; a label on which nobody has a say
+    has probability zero.
     """
     import numpy as np
 
     says = ~np.isnan(parts)
-    shares = np.ones(parts.shape[::2]) if weights is None else np.asarray(weights, dtype=np.float64)
-    each = np.where(says, shares[:, None, :], 0.0)
-    total = each.sum(axis=0)
-    summed = (each * np.where(says, parts, 0.0)).sum(axis=0)
-    mean = np.where(total > 0, summed / np.where(total > 0, total, 1.0), -np.inf)
-    return log_softmax(mean)
+    total = says.sum(axis=0)
+    summed = np.where(says, parts, 0.0).sum(axis=0)
+    return log_softmax(np.where(total > 0, summed / np.maximum(total, 1), -np.inf))
+
+
+def shifts(counts: Floats) -> Floats:
+    """What to add to each site's logarithms of probabilities (sites, k), so that all answer for one mix of classes.
+
+    `counts` (sites, k) are the images of each class; a site that has seen few images of a class thinks it rare. With
+    the site's shares `p_jc` and those of all sites together `p_c`: `log p_c - log p_jc`. Each class of a site counts
+    one image more.
+
+    Source: arXiv 2007.07314 (logit adjustment), eq. 9, from the mix of each site to that of all.
+    """
+    import numpy as np
+
+    more = counts + 1
+    together = more.sum(axis=0) / more.sum()
+    found: Floats = np.log(together) - np.log(more / more.sum(axis=1, keepdims=True))
+    return found
 
 
 def match(teacher: Floats, student: Floats) -> Match:
@@ -176,7 +192,15 @@ def match(teacher: Floats, student: Floats) -> Match:
     if not np.isfinite(teacher[:, has]).any(axis=1).all():
         return BROKEN
     theirs = log_softmax(teacher[:, has])
-    return Match(divergence(theirs, student[:, has]), agreement(theirs, student[:, has]))
+    answers = student[:, has]
+    return Match(divergence(theirs, answers), agreement(theirs, answers), support(theirs, answers))
+
+
+def support(teacher: Floats, student: Floats) -> float:
+    """The mean probability that the teacher gives to the student's answers: its accuracy, were the teacher right."""
+    import numpy as np
+
+    return float(np.exp(teacher[np.arange(len(teacher)), student.argmax(axis=1)]).mean())
 
 
 def agreement(teacher: Floats, student: Floats) -> float:

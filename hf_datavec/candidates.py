@@ -15,8 +15,8 @@ from hf_datavec.methods import all_methods
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO, Merge, ScaleSearch
 
-# For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of methods that are PER_SITE are
-# divided by the number of sites.
+# For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of
+# methods that are PER_SITE are divided by the number of sites.
 METHODS: tuple[tuple[str, float, Mapping[str, Any]], ...] = (
     ("mean", 1.0, {}),
     ("sum", 2.0, {}),
@@ -85,31 +85,31 @@ class Verdict:
 
     @property
     def best(self) -> Trial:
-        """The trial that diverges least; of equals the first."""
-        return min(self.trials, key=lambda trial: round(trial.match.divergence, DIGITS))
+        """The trial with the most support; of equals the one that diverges least, then the first."""
+        return min(self.trials, key=_rank)
 
     @property
     def mean(self) -> Match | None:
         """How the plain mean does, in the mode that suits it best, if it was tried."""
         found = [one.match for one in self.trials if one.candidate.method == "mean" and one.candidate.scale == 1]
-        return min(found, key=lambda match: match.divergence, default=None)
+        return max(found, key=lambda match: match.support, default=None)
 
     @property
     def text(self) -> str:
         """What was chosen and why, in one sentence."""
-        best, divergence = self.best, self.best.match.texts[0]
+        best, support = self.best, self.best.match.texts[0]
         chosen, restored = best.candidate, "" if best.mode == "none" else f", restored by `{best.mode}`"
         what = f"`{chosen.method}`, scale {chosen.scale:.4g}"
         if chosen.site is not None or not chosen.scale:
             what = chosen.named(self.names)
         return (
-            f"`auto` chose {what}{restored}: of {len(self.trials)} candidates it diverges least ({divergence}) from "
-            f"the ensemble of the sites' networks on {self.count} public images."
+            f"`auto` chose {what}{restored}: of {len(self.trials)} candidates the ensemble of the sites' networks "
+            f"gives its answers the most probability ({support} %) on {self.count} public images."
         )
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """Candidate, mode, divergence and agreement in percent of each trial, for tables; the best is marked."""
+        """Candidate, mode, support, agreement and divergence of each trial, for tables; the best is marked."""
         return [
             (one.candidate.named(self.names), one.mode, *_shown(one), "chosen" if one is self.best else "")
             for one in self.trials
@@ -126,8 +126,14 @@ class Verdict:
         }
 
 
-def _shown(trial: Trial) -> tuple[str, str]:
-    return (trial.problem, "") if trial.problem else trial.match.texts
+def _rank(trial: Trial) -> tuple[float, float]:
+    if not trial.usable:
+        return math.inf, math.inf
+    return -round(trial.match.support, DIGITS), round(trial.match.divergence, DIGITS)
+
+
+def _shown(trial: Trial) -> tuple[str, str, str]:
+    return (trial.problem, "", "") if trial.problem else trial.match.texts
 
 
 def _plain(trial: Trial, names: Sequence[str]) -> dict[str, Any]:

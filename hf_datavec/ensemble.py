@@ -38,13 +38,13 @@ class Ensemble:
     """What each site's network answers to the public images.
 
     `log_probabilities` have the shape (sites, views, n, k); NaN where a site has no such view, lacks a label or gives
-    values that are not finite. `weights` (sites, k) may weigh what a site says of each label.
+    values that are not finite. `counts` (sites, k) are the images of each label that the sites declare, if all do.
     """
 
     labels: tuple[str, ...]
     names: tuple[str, ...]
     log_probabilities: Floats
-    weights: Floats | None = None
+    counts: Floats | None = None
 
     @property
     def count(self) -> int:
@@ -66,7 +66,8 @@ class Ensemble:
         """
         if self.is_silent:
             raise ValueError("no network of the ensemble gives finite answers")
-        return agreement.pooled(self._members, self.weights)
+        shift = 0.0 if self.counts is None else agreement.shifts(self.counts)[:, None, :]
+        return agreement.pooled(self._members + shift)
 
     @property
     def probabilities(self) -> Floats:
@@ -127,8 +128,8 @@ def held(pictures: Pictures) -> Pictures:
     return Pictures(some.count, load, some.batch_size)
 
 
-def by_examples(sites: Sequence[Contribution], labels: Sequence[str]) -> Floats | None:
-    """Weights (sites, k) by how many images of each label the sites declare; None where one declares none."""
+def declared(sites: Sequence[Contribution], labels: Sequence[str]) -> Floats | None:
+    """How many images of each label (sites, k) the sites declare; None where one declares none."""
     import numpy as np
 
     counts = [one.source.manifest.examples if isinstance(one.source, TaskVector) else None for one in sites]
@@ -142,14 +143,13 @@ def of(
     labels: tuple[str, ...],
     pictures: Pictures,
     *,
-    weights: Floats | None = None,
     kept: list[Any] | None = None,
 ) -> Ensemble:
     """The ensemble of all sites' networks, built and looked at one after the other; every process must call it.
 
-    `weights` (sites, k) weigh what a site says of each label, all alike without them. `kept` gets each site's name and
-    what its layers see of the pictures, for `relative`; it is the same pass. Warns on the log of networks that give
-    values that are not finite.
+    Where all sites declare their images, all answer for the mix of classes of all sites together. `kept` gets each
+    site's name and what its layers see of the pictures, for `relative`; it is the same pass. Warns on the log of
+    networks that give values that are not finite.
     """
     import numpy as np
 
@@ -165,7 +165,7 @@ def of(
             for view, logits in zip(VIEWS, (own, public), strict=True)
         ]
         views.append(np.stack(found))
-    return Ensemble(labels, names, np.stack(views), weights)
+    return Ensemble(labels, names, np.stack(views), declared(sites.members, labels))
 
 
 def _views(network: Network, pictures: Pictures, *, own: bool) -> tuple[Floats | None, Any, Floats | None]:

@@ -173,7 +173,7 @@ def _search_text(search: Search | None) -> str:
 def _verdict_text(verdict: Verdict | None) -> str:
     if verdict is None:
         return ""
-    header = ("candidate", "restored by", "divergence", "same answer in %", "")
+    header = ("candidate", "restored by", "support in %", "same answer in %", "divergence", "")
     return f"\n## Choice\n\n{verdict.text} No label was looked at.\n\n{markdown_table(header, verdict.rows)}\n"
 
 
@@ -181,11 +181,12 @@ def _agreement_text(agreement: Agreement | None) -> str:
     if agreement is None:
         return ""
     caution = f"\n{agreement.caution}\n" if agreement.caution else ""
+    header = ("network", "support in %", "same answer in %", "divergence")
     return (
-        f"\n## Agreement with the sites\n\nHow far answers are from those of the ensemble of the sites' networks on "
-        f"{agreement.count} unlabelled public images of `{agreement.images}`: the mean Kullback-Leibler divergence in "
-        "nats at the temperature that suits the network best, and the share of images with the same answer. This is "
-        f"no accuracy.\n\n{markdown_table(('network', 'divergence', 'same answer in %'), agreement.rows)}\n{caution}"
+        "\n## Agreement with the sites\n\nHow the ensemble of the sites' networks sees answers to "
+        f"{agreement.count} unlabelled public images of `{agreement.images}`: *support* is the mean probability that it "
+        "gives to a network's answers, *divergence* the mean Kullback-Leibler divergence in nats at the temperature "
+        f"that suits the network best. No accuracy.\n\n{markdown_table(header, agreement.rows)}\n{caution}"
     )
 
 

@@ -15,7 +15,7 @@ from networks import make_images, make_network, make_vector, save_with, tune, wr
 from safetensors.torch import load_file
 
 from hf_datavec import agreement, ensemble, images, models, recalibrate
-from hf_datavec.agreement import BROKEN, LIMIT_FACTOR, Match, cautions
+from hf_datavec.agreement import BROKEN, SLACK, Match, cautions
 from hf_datavec.ensemble import Ensemble
 from hf_datavec.hub import parse
 from hf_datavec.pipeline import judging
@@ -68,10 +68,6 @@ def test_labels_go_by_name_and_a_site_has_no_say_on_those_it_lacks():
     one, two = agreement.log_softmax(first), agreement.log_softmax(second)
     mean = np.stack([(one[:, 1] + two[:, 1]) / 2, (one[:, 2] + two[:, 0]) / 2, one[:, 0]], axis=1)
     assert np.allclose(found, mean - np.log(np.exp(mean).sum(1, keepdims=True)))
-    weights = np.array([[1.0, 0.0, 1.0], [3.0, 1.0, 0.0]])
-    weighted = np.stack([(one[:, 1] + 3 * two[:, 1]) / 4, two[:, 0], one[:, 0]], axis=1)
-    expected = weighted - np.log(np.exp(weighted).sum(1, keepdims=True))
-    assert np.allclose(agreement.pooled(parts, weights), expected)
 
 
 def test_a_student_is_held_against_the_labels_that_it_has():
@@ -93,17 +89,38 @@ def test_a_site_with_two_views_has_no_more_say_than_one_with_one():
     assert np.array_equal(found.of_site("two"), two)
 
 
-def test_a_caution_comes_for_a_network_that_is_far_from_the_ensemble_and_says_what_to_do():
-    sites = [Match(0.1, 0.9), Match(0.2, 0.8), None, Match(0.3, 0.7)]
-    assert cautions(Match(0.2, 0.8), sites) == ""
-    assert "farther" not in cautions(Match(0.2, 0.8), sites, Match(0.3, 0.8))
-    far = cautions(Match(LIMIT_FACTOR, 0.3), sites)
-    assert "more than 2 times as far as a usual site's (0.200)" in far
-    assert "use method: auto or mean, a smaller scale, or recalibrate: {mode: relative}" in far
-    assert "farther than the plain mean of the vectors (0.050)" in cautions(Match(0.2, 0.8), sites, Match(0.05, 0.9))
+def test_sites_that_declare_their_images_answer_for_the_mix_of_all_sites():
+    """Two sites saw the same pictures of two classes, one of them nine of ten of the first class."""
+    likelihoods = np.random.default_rng(0).random((50, 2))
+    counts = np.array([[89.0, 9.0], [9.0, 89.0]])
+    each = np.stack([agreement.log_softmax(np.log(likelihoods * (row + 1))) for row in counts])
+    even = agreement.log_softmax(np.log(likelihoods))
+    found = Ensemble(("a", "b"), ("one", "two"), each[:, None], counts).teacher
+    assert np.allclose(found, even)
+    uneven = np.array([[89.0, 9.0], [89.0, 9.0]])
+    same = np.stack([each[0], each[0]])
+    assert np.allclose(Ensemble(("a", "b"), ("one", "two"), same[:, None], uneven).teacher, each[0])
+
+
+def test_support_is_the_mean_probability_of_the_answers():
+    teacher, student = (agreement.log_softmax(random_logits(seed)) for seed in (6, 7))
+    expected = [
+        math.exp(one[answers.tolist().index(max(answers))]) for one, answers in zip(teacher, student, strict=True)
+    ]
+    assert agreement.match(teacher, student).support == pytest.approx(sum(expected) / len(expected))
+    assert agreement.match(teacher, 5 * student).support == agreement.match(teacher, student).support
+
+
+def test_a_caution_comes_for_a_network_whose_answers_have_little_support_and_says_what_to_do():
+    sites = [Match(0.1, 0.9, 0.8), Match(0.2, 0.8, 0.7), None, Match(0.3, 0.7, 0.6)]
+    assert cautions(Match(0.2, 0.8, 0.8 - SLACK), sites) == ""
+    assert cautions(Match(0.2, 0.8, 0.8), sites, Match(0.3, 0.8, 0.8)) == ""
+    far = cautions(Match(1.0, 0.3, 0.5), sites)
+    assert "a mean probability of 50.0 %, less than the best site's 80.0 %" in far
+    assert "Use method: auto or mean, a smaller scale, or recalibrate: {mode: relative}" in far
+    assert "less than the plain mean's 90.0 %" in cautions(Match(0.2, 0.8, 0.8), sites, Match(0.05, 0.9, 0.9))
     assert "not finite" in cautions(BROKEN, sites)
     assert "not finite" in cautions(BROKEN, [None])
-    assert "not finite" in cautions(Match(math.nan, 0.0), sites)
 
 
 @pytest.fixture
@@ -160,15 +177,15 @@ def test_the_ensemble_is_what_a_loop_over_the_sites_networks_gives(sites):
     assert np.allclose(found.ensemble.teacher, expected, atol=1e-4)
 
 
-def test_sites_can_be_weighed_by_the_images_of_each_label_that_they_declare(sites):
-    for site, counts in (("a", {"cat": 5, "dog": 1, "owl": 2}), ("b", {"cat": 0, "dog": 7, "owl": 2})):
-        make_vector(sites / "base", sites / f"tuned-{site}", sites / f"counted-{site}", examples=counts)
+def test_the_images_of_each_label_that_sites_declare_are_known(sites):
+    for site, examples in (("a", {"cat": 5, "dog": 1, "owl": 2}), ("b", {"cat": 0, "dog": 7, "owl": 2})):
+        make_vector(sites / "base", sites / f"tuned-{site}", sites / f"counted-{site}", examples=examples)
     plan = prepare(recipe(sites, vectors=["./counted-a", "./counted-b"])).plan
     order = ["counted-a", "counted-b"]
-    weights = ensemble.by_examples(plan.contributions, plan.labels)
-    found = dict(zip([one.name for one in plan.contributions], weights, strict=True))
+    counts = ensemble.declared(plan.contributions, plan.labels)
+    found = dict(zip([one.name for one in plan.contributions], counts, strict=True))
     assert [found[name].tolist() for name in order] == [[5, 1, 2], [0, 7, 2]]
-    assert ensemble.by_examples(prepare(recipe(sites)).plan.contributions, plan.labels) is None
+    assert ensemble.declared(prepare(recipe(sites)).plan.contributions, plan.labels) is None
 
 
 def test_a_merge_tells_how_far_it_is_from_the_ensemble(sites, run):
@@ -184,11 +201,13 @@ def test_a_merge_tells_how_far_it_is_from_the_ensemble(sites, run):
     expected = found.ensemble.match(logits.double().numpy(), network.labels)
     assert told["fused"]["divergence"] == pytest.approx(expected.divergence, abs=1e-4)
     assert told["fused"]["agreement"] == pytest.approx(expected.agreement)
+    assert told["fused"]["support"] == pytest.approx(expected.support, abs=1e-4)
     assert set(told["sites"]) == {"site-a", "site-b", "site-c"}
     card = (sites / "fused" / "README.md").read_text()
     assert "## Agreement with the sites" in card
-    assert f"| fused | {told['fused']['divergence']:.3f} |" in card
-    assert "agreement: On 18 public images the fused network diverges by" in outcome.err
+    support, agrees, diverges = (told["fused"][name] for name in ("support", "agreement", "divergence"))
+    assert f"| fused | {100 * support:.1f} | {100 * agrees:.1f} | {diverges:.3f} |" in card
+    assert "agreement: On 18 public images the ensemble of the sites' networks gives" in outcome.err
 
 
 def test_a_site_that_is_blown_up_is_warned_of_before_the_model_appears(sites, run):
@@ -203,7 +222,7 @@ def test_a_site_that_is_blown_up_is_warned_of_before_the_model_appears(sites, ru
     outcome = run("merge", recipe(sites, vectors=vectors), "-o", "fused", "--json")
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)["agreement"]
-    assert "The fused network diverges by" in told["caution"]
+    assert "gives the fused network's answers a mean probability of" in told["caution"]
     assert "`hf-datavec inspect` shows vectors that are unlike the others" in outcome.err
     assert told["caution"] in (sites / "fused" / "README.md").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def naive(folder, candidate, number, judge):
     )
 
 
-def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_diverge_least(agreeing, run):
+def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_have_most_support(agreeing, run):
     outcome = run("merge", by_agreement(agreeing), "-o", "fused", "--json")
     assert outcome.code == 0, outcome.err
     choice = json.loads(outcome.out)["choice"]
@@ -198,7 +199,9 @@ def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_diverge_least
         expected = naive(agreeing, one, number, judge)
         assert one["divergence"] == pytest.approx(expected.divergence, rel=1e-3, abs=1e-5), one
         assert one["agreement"] == pytest.approx(expected.agreement, abs=1e-9), one
-    assert choice["found"] == min(tried, key=lambda one: round(one["divergence"], 4))
+        assert one["support"] == pytest.approx(expected.support, rel=1e-3, abs=1e-5), one
+    ranked = min(tried, key=lambda one: (-round(one["support"], 4), round(one["divergence"], 4)))
+    assert choice["found"] == ranked
     best = (agreeing / f"alone-{tried.index(choice['found'])}" / "model.safetensors").read_bytes()
     assert (agreeing / "fused" / "model.safetensors").read_bytes() == best
 
@@ -306,15 +309,18 @@ def test_a_site_that_is_blown_up_is_not_summed_in(agreeing, run):
     outcome = run("merge", recipe, "-o", "fused", "--json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)["choice"]
-    divergences = {(one["method"], one.get("site"), one["mode"]): one["divergence"] for one in found["candidates"]}
-    assert found["found"]["divergence"] == min(divergences.values())
-    assert found["found"]["divergence"] < divergences["sum", None, "statistics"]
+    support = {(one["method"], one.get("site"), one["mode"]): one["support"] for one in found["candidates"]}
+    assert found["found"]["support"] == max(support.values())
+    assert found["found"]["support"] > support["sum", None, "statistics"]
 
 
 def test_of_candidates_that_are_as_good_as_equal_the_first_is_taken():
     listed = [Candidate("mean", 1.0), Candidate("sum", 0.5), Candidate("tsv", 1.0)]
-    trials = [Trial(one, "none", Match(value, 1.0)) for one, value in zip(listed, (0.3, 0.10001, 0.1), strict=True)]
+    given = ((0.1, 0.7), (0.30001, 0.80001), (0.3, 0.8))
+    trials = [Trial(one, "none", Match(far, 1.0, support)) for one, (far, support) in zip(listed, given, strict=True)]
     assert Verdict("images", "digest", 9, ("a",), tuple(trials)).best is trials[1]
+    nearer = replace(trials[2], match=Match(0.2, 1.0, 0.8))
+    assert Verdict("images", "digest", 9, ("a",), (*trials, nearer)).best is nearer
     broken = Verdict("images", "digest", 9, ("a",), (Trial(listed[0], "none", BROKEN, "broken"), trials[0]))
     assert broken.best is trials[0]
     assert broken.mean == trials[0].match

@@ -354,7 +354,7 @@ def test_auto_chooses_in_a_study_what_a_merge_chooses_on_its_public_images(clini
     path = write_recipe(folder / "recipes" / "on-images.yaml", **recipe)
     outcome = run("merge", path, "-o", "fused")
     assert outcome.code == 0, outcome.err
-    assert "candidates it diverges least" in outcome.err
+    assert "candidates the ensemble of the sites' networks gives" in outcome.err
     assert_predicted_by(clinic / "fused", folder, "auto__auto__by_agreement", clinic)
 
 

@@ -140,7 +140,14 @@ def evaluation_table(found: Evaluation) -> str:
 
 def choice_table(found: Verdict) -> str:
     """What `auto` tried and chose."""
-    header = (f"on {found.count} images of {found.images}", "restored by", "divergence", "same answer in %", "")
+    header = (
+        f"on {found.count} images of {found.images}",
+        "restored by",
+        "support in %",
+        "same answer in %",
+        "divergence",
+        "",
+    )
     return table(header, found.rows)
 
 

@@ -56,7 +56,7 @@ def decided(plan: Plan, judge: Judge | None, folder: Path, device: str) -> tuple
 
 
 def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tuple[Plan, Verdict]:
-    """The plan with what diverges least from the ensemble in place of every `auto`, and all that was tried.
+    """The plan with what the ensemble supports most in place of every `auto`, and all that was tried.
 
     `network_of` makes the network of a plan with the base's statistics; it is good until the next is asked for. With
     more calibration images than the ensemble looks at, candidates are restored on those that it looks at. Every process
@@ -92,7 +92,7 @@ class _Decider:
         trials = [Trial(candidate, mode, match, _problem(match)) for mode, match in found.items()]
         for one in trials:
             shown = candidate.named(self.judge.ensemble.names)
-            log.info("auto: %s, %s: divergence %s, same answer %s %%", shown, one.mode, *one.match.texts)
+            log.info("auto: %s, %s: support %s %%, same answer %s %%, divergence %s", shown, one.mode, *one.match.texts)
         return trials
 
     def _matches(self, plan: Plan, candidate: Candidate) -> Iterator[tuple[str, Match]]:
