@@ -66,6 +66,15 @@ class Ensemble:
             raise ValueError("no network of the ensemble gives finite answers")
         return agreement.pooled(self._members, self.weights)
 
+    def taught(self, kind: str) -> Floats:
+        """The logarithms of the probabilities (n, k) that a student learns, by a kind of `agreement.taught`.
+
+        Raises: ValueError when the ensemble is silent.
+        """
+        if self.is_silent:
+            raise ValueError("no network of the ensemble gives finite answers")
+        return agreement.taught(kind, self._members, self.weights)
+
     @property
     def probabilities(self) -> Floats:
         """The ensemble's probabilities (n, k)."""

@@ -165,7 +165,7 @@ def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted
         network,
         pictures,
         rows,
-        parameters=wanted.tuning.parameters,
+        parameters=wanted.tuning.trained,
         steps=wanted.tuning.steps,
         learning_rate=wanted.tuning.learning_rate,
     )
@@ -173,7 +173,7 @@ def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted
         undone = f"Tuning was undone, since {tuned.why_undone}"
         log.warning("warning: %s", undone)
         return f"{undone}."
-    what = "All weights" if wanted.tuning.parameters == "all" else "The BatchNorm layers' weights"
+    what = "All weights" if wanted.tuning.trained == "all" else "The BatchNorm layers' weights"
     how = "the images' labels" if rows is not None else "the entropy of predictions, which no label checks"
     return f"{what} were then tuned by {_counted(wanted.tuning.steps, 'step')} on {how}."
 

@@ -151,14 +151,37 @@ class Merge(Section):
         return AUTO in (self.method, self.scale)
 
 
-class Tune(Section):
-    """The steps of mode `tune`; without `loss`, labels are used where the images have them, else entropy."""
+# What the weights are tuned to, which weights, and how the sites' answers become one.
+Loss = Literal["labels", "entropy", "ensemble"]
+Trained = Literal["affine", "head", "all"]
+Teacher = Literal["logits", "probabilities", "confidence"]
 
-    parameters: Literal["affine", "all"] = "affine"
-    loss: Literal["labels", "entropy"] | None = None
+
+class Tune(Section):
+    """How weights are tuned; without `loss`, labels are used where the images have them, else entropy.
+
+    With `loss: ensemble` the network learns from the sites' networks, after whatever mode. It takes `epochs` and the
+    keys below it, the other losses take `steps`. Without `parameters`, `ensemble` trains all weights, the others
+    `affine`.
+    """
+
+    parameters: Trained | None = None
+    loss: Loss | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
     # A few passes over some hundred images; more is training, which `finetune` does better.
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    teacher: Teacher = "logits"
+    mixup: bool = True
+    augment: Literal["none", "turns", "crops"] = "none"
+    # How many variants of each image an `augment` prepares, the image as it is among them.
+    copies: Annotated[int, Field(ge=1, le=64)] = 8
+
+    @property
+    def trained(self) -> Trained:
+        """Which weights are trained."""
+        return self.parameters or ("all" if self.loss == "ensemble" else "affine")
 
 
 class Recalibrate(Section):
@@ -180,6 +203,11 @@ class Recalibrate(Section):
     def tuning(self) -> Tune:
         """The steps of mode `tune`."""
         return self.tune or Tune()
+
+    @property
+    def distils(self) -> bool:
+        """Whether the fused network then learns from the sites' networks."""
+        return self.tune is not None and self.tune.loss == "ensemble"
 
     @property
     def looks_at_images(self) -> bool:
@@ -248,7 +276,9 @@ class Recipe(Section):
     def judged(self) -> bool:
         """Whether public images are looked at on which the sites' networks can judge the fused one."""
         restore = self.recalibrate
-        return restore is not None and restore.images is not None and (restore.looks_at_images or self.merge.automatic)
+        if restore is None or restore.images is None:
+            return False
+        return restore.looks_at_images or restore.distils or self.merge.automatic
 
     @property
     def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:
