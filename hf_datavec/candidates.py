@@ -143,7 +143,7 @@ def _plain(trial: Trial, names: Sequence[str]) -> dict[str, Any]:
 
 def wanted(plan: Plan) -> bool:
     """Whether a plan leaves its method, scale or mode to the agreement with the sites' networks."""
-    return plan.recipe.judged and (plan.recipe.merge.automatic or _mode(plan) == AUTO)
+    return plan.is_judged and (plan.recipe.merge.automatic or _mode(plan) == AUTO)
 
 
 def of(plan: Plan) -> tuple[Candidate, ...]:

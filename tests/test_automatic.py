@@ -163,8 +163,8 @@ def logits_of(network, pictures):
         return network.logits(pictures.tensors(network.preprocess, range(len(pictures)))).double().numpy()
 
 
-def naive(folder, candidate, number):
-    """The divergence of the folder that a recipe of this candidate alone is merged into."""
+def naive(folder, candidate, number, judge):
+    """How the folder that a recipe of this candidate alone is merged into relates to the ensemble."""
     merge = {key: candidate[key] for key in ("method", "scale", "options") if key in candidate}
     vectors = ["./site-a", "./site-b", "./site-c"]
     if "site" in candidate:
@@ -172,11 +172,10 @@ def naive(folder, candidate, number):
     mode = {"mode": candidate["mode"]}
     path = by_agreement(folder, f"alone-{number}", vectors=vectors, merge=merge, recalibrate=mode)
     result = coordinator.merge(path, output=folder / f"alone-{number}", device="cpu")
-    prepared = prepare(folder / "recipe.yaml")
-    pictures = open_images(parse_reference(str(folder / "images")))
-    judge = judging.judge(prepared.plan, pictures, "cpu")
     network = models.load(result.output)
-    return judge.ensemble.match(logits_of(network, pictures), network.labels)
+    return judge.ensemble.match(
+        logits_of(network, open_images(parse_reference(str(folder / "images")))), network.labels
+    )
 
 
 def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_diverge_least(agreeing, run):
@@ -191,8 +190,10 @@ def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_diverge_least
     assert {site for _, site, _ in kinds if site} == {"site-a", "site-b", "site-c"}
     assert ("sum", None, True) in kinds
     assert {one["mode"] for one in tried} == {"statistics", "relative"}
+    pictures = open_images(parse_reference(str(agreeing / "images")))
+    judge = judging.judge(prepare(agreeing / "recipe.yaml").plan, pictures, "cpu")
     for number, one in enumerate(tried):
-        expected = naive(agreeing, one, number)
+        expected = naive(agreeing, one, number, judge)
         assert one["divergence"] == pytest.approx(expected.divergence, rel=1e-3, abs=1e-5), one
         assert one["agreement"] == pytest.approx(expected.agreement, abs=1e-9), one
     assert choice["found"] == min(tried, key=lambda one: one["divergence"])

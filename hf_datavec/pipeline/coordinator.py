@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,27 +15,19 @@ from hf_datavec import automatic, candidates, heatmap, hub, lineage, models, pro
 from hf_datavec import evaluate as evaluation
 from hf_datavec.agreement import Agreement
 from hf_datavec.candidates import Verdict
-from hf_datavec.errors import InputError, RunError
+from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, finished, judging, ledger, lock, weights
+from hf_datavec.pipeline import choosing, deciding, finished, judging, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
-from hf_datavec.pipeline.aliases import aliased
+from hf_datavec.pipeline.aliases import aliased, aliases
 from hf_datavec.pipeline.choosing import Choice, Chooser
-from hf_datavec.pipeline.deciding import Decider
-from hf_datavec.pipeline.prepare import (
-    Prepared,
-    evaluation_images,
-    judging_images,
-    learning_images,
-    prepare,
-    search_images,
-)
+from hf_datavec.pipeline.prepare import Images, Prepared, open_all, prepare
 from hf_datavec.pipeline.trying import Tried
 from hf_datavec.pipeline.verification import Verification, verifying
 from hf_datavec.plan import Plan
@@ -84,7 +76,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     if not pushing:
         processes.on_main(lambda: refuse_existing(output))
     # Opened before anything is written, so that mistakes show early.
-    images = processes.first_on_each_machine(lambda: _open_images(prepared))
+    images = processes.first_on_each_machine(lambda: open_all(prepared))
     for note in prepared.plan.notes:
         log.info("note: %s", note)
     place = devices.choose(device)
@@ -122,26 +114,6 @@ def _merged(
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
 
 
-@dataclass(frozen=True)
-class Images:
-    """The images that a merge looks at: to judge and to restore, to measure, to search, to learn coefficients."""
-
-    judged: ImageSet | None
-    test: ImageSet | None
-    labelled: ImageSet | None
-    learning: ImageSet | None
-
-    def public(self, plan: Plan) -> ImageSet | None:
-        """Those that a plan restores on, if it does and the network has statistics to restore."""
-        wanted = plan.recipe.recalibrate
-        return self.judged if wanted and wanted.looks_at_images and plan.base.has_statistics else None
-
-
-def _open_images(prepared: Prepared) -> Images:
-    judged, test = judging_images(prepared), evaluation_images(prepared)
-    return Images(judged, test, search_images(prepared), learning_images(prepared))
-
-
 def _refuse_hopeless(plan: Plan, output: Path) -> None:
     refuse_existing(output)
     weights.refuse_too_large(plan, output, partial_path(output))
@@ -167,8 +139,9 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         processes.on_main(
             lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         )
-        prepared, judge, verdict = _judged(prepared, images, folder, place)
-        why = replace(verdict, names=_aliases(prepared, verdict.names)).text if verdict else why
+        decided, judge, verdict = deciding.decided(prepared.plan, images.judged, folder, place)
+        prepared = replace(prepared, plan=decided)
+        why = replace(verdict, names=aliases(prepared, verdict.names)).text if verdict else why
         public = images.public(prepared.plan)
         chosen = processes.together(lambda: restoring.decide(prepared.plan, public, place))
         if judge is not None:
@@ -211,31 +184,6 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
     return replace(result, agreement=agreed, verdict=verdict)
 
 
-def _judged(
-    prepared: Prepared, images: Images, folder: Path, place: str
-) -> tuple[Prepared, judging.Judge | None, Verdict | None]:
-    """The ensemble of the sites' networks, if there are images for it, and what it decides where the recipe says
-    `auto`."""
-    plan, judged = prepared.plan, images.judged
-    if judged is None:
-        return prepared, None, None
-    judge = processes.together(lambda: judging.judge(plan, judged, place))
-    if not candidates.wanted(plan):
-        return prepared, judge, None
-    if judge is None:
-        problem = "`auto` cannot choose: no site's network gives finite answers on the public images"
-        raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method, scale and mode")
-    decided, verdict = Decider(judge, folder, place).decide(plan)
-    return replace(prepared, plan=decided), judge, verdict
-
-
-def _aliases(prepared: Prepared, names: Sequence[str]) -> tuple[str, ...]:
-    """The sites' names as the fused model's folder tells them."""
-    pairs = zip(prepared.plan.contributions, aliased(prepared).plan.contributions, strict=True)
-    told = {ours.name: theirs.name for ours, theirs in pairs}
-    return tuple(told[name] for name in names)
-
-
 @dataclass(frozen=True)
 class Done:
     """What has been computed and is still to be told."""
@@ -263,9 +211,9 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     sites = tuple(one.name for one in shown.plan.contributions)
     fusion = replace(fusion, search=replace(search, sites=sites) if search else None)
     if agreed := done.agreed:
-        fusion = replace(fusion, agreement=replace(agreed, names=_aliases(prepared, agreed.names)))
+        fusion = replace(fusion, agreement=replace(agreed, names=aliases(prepared, agreed.names)))
     if verdict := done.verdict:
-        fusion = replace(fusion, verdict=replace(verdict, names=_aliases(prepared, verdict.names)))
+        fusion = replace(fusion, verdict=replace(verdict, names=aliases(prepared, verdict.names)))
     if done.adapted is not None:
         replace(done.adapted, sites=sites).write(folder)
     _describe(fusion, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from hf_datavec.agreement import Match
 from hf_datavec.candidates import Candidate, Trial, Verdict
 from hf_datavec.errors import DatavecError, RunError
 from hf_datavec.geometry import Gram
+from hf_datavec.images import ImageSet
 from hf_datavec.models import Network
-from hf_datavec.pipeline import weights
+from hf_datavec.pipeline import judging, weights
 from hf_datavec.pipeline.judging import Judge
 from hf_datavec.pipeline.trying import Tried
 from hf_datavec.plan import Plan
@@ -26,43 +27,72 @@ from hf_datavec.recipe import ScaleSearch
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Decider:
-    """Tries candidates; `folder` holds all of the fused model but its weights."""
+NetworkOf = Callable[[Plan], Network]
 
+
+def in_memory(plan: Plan, folder: Path, device: str) -> NetworkOf:
+    """What makes the networks of a plan's candidates, one after the other and not restored; `folder` holds all of the
+    fused model but its weights."""
+
+    def write(_: Plan, writing: Plan, gram: Gram) -> None:
+        weights.write(writing, folder, device, gram)
+
+    tried = Tried(folder, plan, write, lambda _plan, _network: {}, device)
+    return lambda made: tried.network(made, made)
+
+
+def decided(
+    plan: Plan, images: ImageSet | None, folder: Path, device: str
+) -> tuple[Plan, Judge | None, Verdict | None]:
+    """A plan without `auto`, the ensemble of the sites' networks if there are images for it, and what it tried.
+
+    Every process must call it. Raises: RunError when `auto` has nothing to go by.
+    """
+    if images is None:
+        return plan, None, None
+    judge = processes.together(lambda: judging.judge(plan, images, device))
+    if not candidates.wanted(plan):
+        return plan, judge, None
+    if judge is None:
+        problem = "`auto` cannot choose: no site's network gives finite answers on the public images"
+        raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method, scale and mode")
+    found, verdict = choose(plan, judge, in_memory(plan, folder, device), device)
+    return found, judge, verdict
+
+
+def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tuple[Plan, Verdict]:
+    """The plan with what diverges least from the ensemble in place of every `auto`, and all that was tried.
+
+    `network_of` makes the network of a plan with the base's statistics; it is good until the next is asked for. With
+    more calibration images than the ensemble looks at, candidates are restored on those that it looks at. Every process
+    must call it.
+
+    Raises: RunError when no candidate gives finite answers.
+    """
+    listed, decider, trials = candidates.of(plan), _Decider(judge, network_of, device), list[Trial]()
+    for candidate in progress(listed, text="auto", total=len(listed), unit="candidate"):
+        trials += decider.trials(plan, candidate)
+    verdict = Verdict(judge.images, judge.digest, judge.pictures.count, judge.ensemble.names, tuple(trials))
+    best = verdict.best
+    if not best.usable:
+        problem = f"none of {len(trials)} candidates of `auto` could be used: {best.problem}"
+        raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method and scale")
+    log.info("%s", verdict.text)
+    if isinstance(plan.recipe.merge.scale, ScaleSearch):
+        return candidates.with_mode(plan, best.mode), verdict
+    return candidates.planned(plan, best.candidate, best.mode), verdict
+
+
+@dataclass(frozen=True)
+class _Decider:
     judge: Judge
-    folder: Path
+    network_of: NetworkOf
     device: str
 
-    def decide(self, plan: Plan) -> tuple[Plan, Verdict]:
-        """The plan with what diverges least from the ensemble in place of every `auto`, and all that was tried.
-
-        With more calibration images than the ensemble looks at, candidates are restored on those that it looks at.
-        Every process must call it. Raises: RunError when no candidate gives finite answers.
-        """
-        listed = candidates.of(plan)
-        tried = Tried(self.folder, plan, self._write, lambda _plan, _network: {}, self.device)
-        trials = []
-        for candidate in progress(listed, text="auto", total=len(listed), unit="candidate"):
-            trials += self._trials(plan, candidate, tried)
-        images, names = self.judge.images, self.judge.ensemble.names
-        identity = images.fetched.reference.identity
-        verdict = Verdict(identity, images.digest, self.judge.pictures.count, names, tuple(trials))
-        best = verdict.best
-        if not best.usable:
-            problem = f"none of {len(trials)} candidates of `auto` could be used: {best.problem}"
-            raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method and scale")
-        log.info("%s", verdict.text)
-        if isinstance(plan.recipe.merge.scale, ScaleSearch):
-            return candidates.with_mode(plan, best.mode), verdict
-        return candidates.planned(plan, best.candidate, best.mode), verdict
-
-    def _write(self, _: Plan, writing: Plan, gram: Gram) -> None:
-        weights.write(writing, self.folder, self.device, gram)
-
-    def _trials(self, plan: Plan, candidate: Candidate, tried: Tried) -> list[Trial]:
+    def trials(self, plan: Plan, candidate: Candidate) -> list[Trial]:
+        """How a candidate does in each of its modes."""
         try:
-            found = processes.together(lambda: dict(self._matches(plan, candidate, tried)))
+            found = processes.together(lambda: dict(self._matches(plan, candidate)))
         except DatavecError as error:
             # A method that breaks the network is a finding; the others may be fine.
             return [Trial(candidate, mode, agreement.BROKEN, error.problem) for mode in candidate.modes]
@@ -72,13 +102,13 @@ class Decider:
             log.info("auto: %s, %s: divergence %s, same answer %s %%", shown, one.mode, *one.match.texts)
         return trials
 
-    def _matches(self, plan: Plan, candidate: Candidate, tried: Tried) -> Iterator[tuple[str, Match]]:
+    def _matches(self, plan: Plan, candidate: Candidate) -> Iterator[tuple[str, Match]]:
         """How the candidate does in each of its modes; it is combined once, and its layers are looked at once."""
         if known := self._known(plan, candidate):
             yield from known.items()
             return
         made = candidates.planned(plan, candidate, candidate.modes[0])
-        network = tried.network(made, made)
+        network = self.network_of(made)
         sites = recalibrate.sharing(made.base, made.contributions, device=self.device)
         seen: dict[str, Any] = {}
         for mode in candidate.modes:

@@ -31,7 +31,8 @@ class Judge:
 
     ensemble: Ensemble
     pictures: Pictures
-    images: ImageSet
+    images: str
+    digest: str
     # What the layers of each site's network see on these pictures, by the site's name.
     seen: Mapping[str, Any]
     # Whether these are all pictures that the fused network is restored on.
@@ -52,8 +53,8 @@ class Judge:
         """The fused network and each site's held against the ensemble. Warns on the log of what speaks against it."""
         fused = self.match(network)
         sites = processes.on_main(lambda: self.ensemble.sites)
-        name, names = self.images.fetched.reference.identity, self.ensemble.names
-        found = Agreement(name, self.images.digest, self.pictures.count, names, fused, sites, mean)
+        names = self.ensemble.names
+        found = Agreement(self.images, self.digest, self.pictures.count, names, fused, sites, mean)
         log.info("agreement: %s", found.text)
         if found.caution:
             log.warning("warning: %s", found.caution)
@@ -67,18 +68,26 @@ class Judge:
 
 
 def judge(plan: Plan, images: ImageSet, device: str) -> Judge | None:
-    """The ensemble of the sites' networks on the images; None, with a warning, when none gives finite answers."""
+    """The ensemble of the sites' networks on the recipe's images; None, with a warning, when none gives finite
+    answers."""
     wanted = plan.recipe.recalibrate
     assert wanted is not None  # it names the images
-    shared = any(one.has_statistics for one in plan.contributions)
-    sites, seen = Sites(plan.base, plan.contributions, shared, device), list[Any]()
-    every = restoring.pictures(sites, images, wanted)
-    some = ensemble.held(every)
-    found = ensemble.of(sites, plan.labels, some, kept=seen)
+    sites = Sites(plan.base, plan.contributions, any(one.has_statistics for one in plan.contributions), device)
+    shown = restoring.pictures(sites, images, wanted)
+    return of_pictures(sites, plan.labels, shown, (images.fetched.reference.identity, images.digest))
+
+
+def of_pictures(
+    sites: Sites, labels: tuple[str, ...], shown: Pictures, images: tuple[str, str] = ("", "")
+) -> Judge | None:
+    """The same on pictures that are at hand, for all sites and the labels of the fused network; `images` are what
+    results call the pictures, and their digest."""
+    seen, some = list[Any](), ensemble.held(shown)
+    found = ensemble.of(sites, labels, some, kept=seen)
     if found.is_silent:
         log.warning("warning: no site's network gives finite answers, so nothing tells how good the fused one is")
         return None
-    return Judge(found, some, images, dict(seen), some.count == every.count)
+    return Judge(found, some, *images, dict(seen), some.count == shown.count)
 
 
 def held_against(judge: Judge | None, folder: Path, device: str, *, mean: Match | None = None) -> Agreement | None:

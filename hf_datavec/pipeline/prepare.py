@@ -79,7 +79,8 @@ def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
 def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
     """What is wrong with images and push targets, so that it is known before anything is computed."""
     restore = recipe.recalibrate
-    if restore and not (recipe.judged or (base.has_statistics and restore.mode != "none")):
+    judged = recipe.is_judged(has_statistics=base.has_statistics)
+    if restore and not judged and not (base.has_statistics and restore.mode != "none"):
         restore = None  # nobody looks at these images then
     for section in (restore, recipe.merge.searched, recipe.evaluate):
         if section and section.images:
@@ -107,7 +108,7 @@ def judging_images(prepared: Prepared) -> ImageSet | None:
 
     Raises: InputError when they cannot be opened, or are not those that the lock pins.
     """
-    return _public(prepared) if prepared.recipe.judged else None
+    return _public(prepared) if prepared.plan.is_judged else None
 
 
 def search_images(prepared: Prepared) -> ImageSet | None:
@@ -129,6 +130,27 @@ def learning_images(prepared: Prepared) -> ImageSet | None:
     if wanted is None or wanted.images is None or not learning or plan.coefficients:
         return None
     return _public(prepared)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a merge looks at: to judge and to restore, to measure, to search, to learn coefficients."""
+
+    judged: ImageSet | None
+    test: ImageSet | None
+    labelled: ImageSet | None
+    learning: ImageSet | None
+
+    def public(self, plan: Plan) -> ImageSet | None:
+        """Those that a plan restores on, if it does and the network has statistics to restore."""
+        wanted = plan.recipe.recalibrate
+        return self.judged if wanted and wanted.looks_at_images and plan.base.has_statistics else None
+
+
+def open_all(prepared: Prepared) -> Images:
+    """All images that a merge looks at. Raises: InputError when some cannot be opened, or are not those of the lock."""
+    judged, test = judging_images(prepared), evaluation_images(prepared)
+    return Images(judged, test, search_images(prepared), learning_images(prepared))
 
 
 def _public(prepared: Prepared) -> ImageSet:

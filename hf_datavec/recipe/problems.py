@@ -48,6 +48,11 @@ def unknown_length(method: str) -> str:
     return f"'auto' is known for {known} and for method: auto, not for '{method}' without public images"
 
 
+def unknown_scale(method: str) -> str:
+    """Why `scale: auto` makes no sense for a method that learns coefficients."""
+    return f"'auto' is not known for '{method}', which learns how much of each vector to add"
+
+
 def told(document: Document, found: Any, known_keys: Callable[[KeyPath, Any], list[str]] | None = None) -> LocatedError:
     """A pydantic error in our words, at its place in the file; `known_keys` tells the keys that a path may have."""
     known_keys = known_keys or _known_keys
@@ -255,12 +260,8 @@ def _scale_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError
     if recipe.merge.scale != AUTO or method in (AUTO, *LENGTHS_KNOWN):
         return
     if method in all_methods() and all_methods()[method].learned:
-        problem, hint = (
-            f"'auto' is not known for '{method}', which learns how much of each vector to add",
-            "leave it out",
-        )
-        yield document.problem(("merge", "scale"), problem, hint=hint)
-    elif not recipe.judged:
+        yield document.problem(("merge", "scale"), unknown_scale(method), hint="leave it out")
+    elif not (recipe.recalibrate and recipe.recalibrate.images):
         hint = "give a number, {search: [...], images: ...}, or recalibrate: {images: ...} that tell it"
         yield document.problem(("merge", "scale"), unknown_length(method), hint=hint)
 

@@ -272,13 +272,15 @@ class Recipe(Section):
     round: Annotated[int, Field(ge=1)] | None = None
     lock: Lock | None = None
 
-    @property
-    def judged(self) -> bool:
-        """Whether public images are looked at on which the sites' networks can judge the fused one."""
+    def is_judged(self, *, has_statistics: bool) -> bool:
+        """Whether public images are looked at on which the sites' networks judge the fused one.
+
+        Of a network without BatchNorm statistics only where `auto` or learning asks for it: nothing else looks at images then.
+        """
         restore = self.recalibrate
         if restore is None or restore.images is None:
             return False
-        return restore.looks_at_images or restore.distils or self.merge.automatic
+        return self.merge.automatic or restore.distils or (restore.looks_at_images and has_statistics)
 
     @property
     def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_datavec import automatic, fuse, models
+from hf_datavec import fuse, models
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.finetune import Settings
 from hf_datavec.images import ImageSet
@@ -140,7 +140,8 @@ class Seed:
     def plan(
         self, vectors: Sequence[Path], merge: Combining, *, base: Path | None = None, weights: Sequence[float] = ()
     ) -> Plan:
-        """The plan of a merge of kept vectors; the recipe of one over all sites on the study base is kept as well."""
+        """The plan of a merge of kept vectors, with `auto` where the study says so; the recipe of one over all sites on
+        the study base is kept as well."""
         entries: list[Any] = [f"../vectors/{path.relative_to(self.folder / 'vectors')}" for path in vectors]
         if weights:
             entries = [{"vector": text, "weight": float(one)} for text, one in zip(entries, weights, strict=True)]
@@ -159,7 +160,7 @@ class Seed:
         file = self.folder / "recipes" / (f"{slug(merge.name)}.yaml" if whole else ".part.yaml")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(lock.dump(recipe), "utf-8")
-        return automatic.resolve(prepare(file).plan)[0]
+        return prepare(file).plan
 
     def merged(self, plan: Plan) -> models.Network:
         """The shared network with the fused weights and the base's statistics."""

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from hf_datavec import evaluate, models, probe, recalibrate
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.finetune import cross_entropy
+from hf_datavec.pipeline.judging import Judge
+from hf_datavec.recipe import AUTO
+from hf_datavec.study.choosing import choose
 from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import FROM_BASE, POOLED
@@ -87,6 +90,7 @@ class Measuring:
     ) -> models.Network:
         """The shared network, merged and restored."""
         plan = self.seed.plan(vectors or self.vectors(), merge, weights=weights, base=base)
+        plan, mode = choose(self.seed, plan, mode, self._judges)
         network = self.seed.merged(plan)
         if mode != "none":
             key = (plan.base.folder, *((one.name, one.weight) for one in plan.contributions))
@@ -98,6 +102,10 @@ class Measuring:
 
     @cached_property
     def _restorers(self) -> dict[tuple[object, ...], Restorer]:
+        return {}
+
+    @cached_property
+    def _judges(self) -> dict[object, Judge]:
         return {}
 
     def _alone(self, vector: Path, mode: str, base: Path | None = None) -> Floats:
@@ -155,7 +163,9 @@ class Measuring:
         study = self.seed.place.study
         for merge in study.merges:
             for mode in study.restore:
-                yield self.get(Row(merge.name, "fused", mode), partial(self.fused, merge, mode))
+                # Results of studies that chose by geometry are no longer those of `auto`.
+                key = "by agreement" if AUTO in (merge.method, merge.scale, mode) else ""
+                yield self.get(Row(merge.name, "fused", mode), partial(self.fused, merge, mode), key=key)
         scale = next((merge.scale for merge in study.merges if not isinstance(merge.scale, str)), 1.0)
         control = Combining(method="random", scale=scale)
         for mode in study.restore:
