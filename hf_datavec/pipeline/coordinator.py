@@ -21,7 +21,7 @@ from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, deciding, finished, judging, ledger, lock, weights
+from hf_datavec.pipeline import choosing, deciding, distilling, finished, judging, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
@@ -142,6 +142,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         decided, judge, verdict = deciding.decided(prepared.plan, images.judged, folder, place)
         prepared = replace(prepared, plan=decided)
         why = replace(verdict, names=aliases(prepared, verdict.names)).text if verdict else why
+        distilling.refuse(prepared.plan, judge)
         public = images.public(prepared.plan)
         chosen = processes.together(lambda: restoring.decide(prepared.plan, public, place))
         if judge is not None:
@@ -150,7 +151,8 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         resume = recipe.merge.searched is None and images.learning is None
         if not resume:
             vectors.begin()
-        again = not resume or chosen.mode != "none" or images.test is not None or recipe.push is not None
+        looked_at = any(one is not None for one in (images.judged, images.test, recipe.push))
+        again = not resume or chosen.mode != "none" or looked_at
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
@@ -174,7 +176,8 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
+        learned, digest = distilling.learn(choice.plan, folder, judge, place, digest)
+        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration, learned)))
         agreed = judging.held_against(judge, folder, place, mean=verdict.mean if verdict else None)
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()

@@ -183,6 +183,11 @@ class Tune(Section):
         """Which weights are trained."""
         return self.parameters or ("all" if self.loss == "ensemble" else "affine")
 
+    @property
+    def variants(self) -> int:
+        """In how many variants each image is shown."""
+        return 1 if self.augment == "none" else self.copies
+
 
 class Recalibrate(Section):
     """How BatchNorm layers are restored; `images` are public, their labels are looked at by `tune` alone.
@@ -275,12 +280,18 @@ class Recipe(Section):
     def is_judged(self, *, has_statistics: bool) -> bool:
         """Whether public images are looked at on which the sites' networks judge the fused one.
 
-        Of a network without BatchNorm statistics only where `auto` or learning asks for it: nothing else looks at images then.
+        Of a network without BatchNorm statistics only where `auto` or learning asks for it: nothing else looks at
+        images then.
         """
         restore = self.recalibrate
         if restore is None or restore.images is None:
             return False
         return self.merge.automatic or restore.distils or (restore.looks_at_images and has_statistics)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the fused network learns from the sites' networks."""
+        return self.recalibrate is not None and self.recalibrate.distils
 
     @property
     def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:
