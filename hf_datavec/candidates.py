@@ -218,6 +218,12 @@ def _settled(merge: Merge) -> float:
     return merge.factor
 
 
+def resolved(plan: Plan, candidate: Candidate, mode: str) -> Plan:
+    """The plan with what was chosen in place of `auto`; what a labelled search is to find stays open."""
+    searching = isinstance(plan.recipe.merge.scale, ScaleSearch)
+    return with_mode(plan, mode) if searching else planned(plan, candidate, mode)
+
+
 def planned(plan: Plan, candidate: Candidate, mode: str) -> Plan:
     """The plan of a candidate in a mode."""
     update: dict[str, Any] = {"method": candidate.method, "options": dict(candidate.options), "scale": candidate.scale}

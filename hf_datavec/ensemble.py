@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hf_datavec import agreement, recalibrate
 from hf_datavec.agreement import Match
 from hf_datavec.models import Network
+from hf_datavec.plan import Contribution
 from hf_datavec.progress import progress
 from hf_datavec.recalibrate import Pictures, Sites
+from hf_datavec.vector import TaskVector
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,11 +136,29 @@ def held(pictures: Pictures) -> Pictures:
     return Pictures(some.count, load, some.batch_size)
 
 
-def of(sites: Sites, labels: tuple[str, ...], pictures: Pictures, *, kept: list[Any] | None = None) -> Ensemble:
+def by_examples(sites: Sequence[Contribution], labels: Sequence[str]) -> Floats | None:
+    """Weights (sites, k) by how many images of each label the sites declare; None where one declares none."""
+    import numpy as np
+
+    counts = [one.source.manifest.examples if isinstance(one.source, TaskVector) else None for one in sites]
+    if not all(counts):
+        return None
+    return np.array([[float((one or {}).get(label, 0)) for label in labels] for one in counts])
+
+
+def of(
+    sites: Sites,
+    labels: tuple[str, ...],
+    pictures: Pictures,
+    *,
+    weights: Floats | None = None,
+    kept: list[Any] | None = None,
+) -> Ensemble:
     """The ensemble of all sites' networks, built and looked at one after the other; every process must call it.
 
-    `kept` gets what the layers of sites that share statistics see, for `relative`; it is the same pass. Warns on the
-    log of networks that give values that are not finite.
+    `weights` (sites, k) weigh what a site says of each label, all alike without them. `kept` gets each site's name and
+    what its layers see of the pictures, for `relative`; it is the same pass. Warns on the log of networks that give
+    values that are not finite.
     """
     import numpy as np
 
@@ -154,7 +174,7 @@ def of(sites: Sites, labels: tuple[str, ...], pictures: Pictures, *, kept: list[
             for view, logits in zip(VIEWS, (own, public), strict=True)
         ]
         views.append(np.stack(found))
-    return Ensemble(labels, names, np.stack(views))
+    return Ensemble(labels, names, np.stack(views), weights)
 
 
 def _views(network: Network, pictures: Pictures, *, own: bool) -> tuple[Floats | None, Any, Floats | None]:

@@ -160,6 +160,17 @@ def test_the_ensemble_is_what_a_loop_over_the_sites_networks_gives(sites):
     assert np.allclose(found.ensemble.teacher, expected, atol=1e-4)
 
 
+def test_sites_can_be_weighed_by_the_images_of_each_label_that_they_declare(sites):
+    for site, counts in (("a", {"cat": 5, "dog": 1, "owl": 2}), ("b", {"cat": 0, "dog": 7, "owl": 2})):
+        make_vector(sites / "base", sites / f"tuned-{site}", sites / f"counted-{site}", examples=counts)
+    plan = prepare(recipe(sites, vectors=["./counted-a", "./counted-b"])).plan
+    order = ["counted-a", "counted-b"]
+    weights = ensemble.by_examples(plan.contributions, plan.labels)
+    found = dict(zip([one.name for one in plan.contributions], weights, strict=True))
+    assert [found[name].tolist() for name in order] == [[5, 1, 2], [0, 7, 2]]
+    assert ensemble.by_examples(prepare(recipe(sites)).plan.contributions, plan.labels) is None
+
+
 def test_a_merge_tells_how_far_it_is_from_the_ensemble(sites, run):
     outcome = run("merge", recipe(sites, merge={"method": "mean"}), "-o", "fused", "--json")
     assert outcome.code == 0, outcome.err

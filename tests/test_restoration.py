@@ -301,8 +301,8 @@ def clinic(clinic_template, tmp_path) -> Path:
 @pytest.mark.parametrize(
     "case",
     [
-        ("with", "same", "auto", "were re-estimated on 36 images of `", ""),
-        ("with", "other", "auto", "were carried over from the sites' own statistics", ""),
+        ("with", "same", "auto", "of 2 candidates it diverges least", ""),
+        ("with", "other", "auto", "of 2 candidates it diverges least", ""),
         ("without", "same", "auto", "were re-estimated on 36 images of `", UNCHECKED),
         ("with", None, "auto", "were combined from the sites' own.", APART),
         ("with", None, "moments", "were combined from the sites' own.", APART),

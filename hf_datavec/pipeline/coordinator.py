@@ -27,6 +27,7 @@ from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
 from hf_datavec.pipeline.aliases import aliased, aliases
 from hf_datavec.pipeline.choosing import Choice, Chooser
+from hf_datavec.pipeline.judging import Judge
 from hf_datavec.pipeline.prepare import Images, Prepared, open_all, prepare
 from hf_datavec.pipeline.trying import Tried
 from hf_datavec.pipeline.verification import Verification, verifying
@@ -135,16 +136,19 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
     output, place = where
     describing = partial(import_ahead, *DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
+    judge, verdict = _judge(prepared.plan, images, place), None
+    distilling.refuse(prepared.plan, judge)
+    # Before anything is written, unless the mode is what has to be found.
+    chosen = None if candidates.wanted(prepared.plan) else _decide(prepared.plan, images, place)
     with _staged(output) as folder:
         processes.on_main(
             lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         )
-        decided, judge, verdict = deciding.decided(prepared.plan, images.judged, folder, place)
-        prepared = replace(prepared, plan=decided)
-        why = replace(verdict, names=aliases(prepared, verdict.names)).text if verdict else why
-        distilling.refuse(prepared.plan, judge)
-        public = images.public(prepared.plan)
-        chosen = processes.together(lambda: restoring.decide(prepared.plan, public, place))
+        if chosen is None:
+            decided, verdict = deciding.decided(prepared.plan, judge, folder, place)
+            prepared = replace(prepared, plan=decided)
+            why = replace(verdict, names=aliases(prepared, verdict.names)).text if verdict else why
+        chosen, public = chosen or _decide(prepared.plan, images, place), images.public(prepared.plan)
         if judge is not None:
             judge.spares(chosen)
         # Only a merge in one go leaves weights that a next run would make again.
@@ -185,6 +189,15 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         processes.on_main(lambda: _finish(done, images, folder, output))
     result = MergeResult(output, choice.plan, digest, gram.geometry(), restoration, measured, None, choice.search)
     return replace(result, agreement=agreed, verdict=verdict)
+
+
+def _judge(plan: Plan, images: Images, place: str) -> Judge | None:
+    judged = images.judged
+    return processes.together(lambda: judging.judge(plan, judged, place)) if judged is not None else None
+
+
+def _decide(plan: Plan, images: Images, place: str) -> restoring.Restoration:
+    return processes.together(lambda: restoring.decide(plan, images.public(plan), place))
 
 
 @dataclass(frozen=True)

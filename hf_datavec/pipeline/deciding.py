@@ -14,15 +14,13 @@ from hf_datavec.agreement import Match
 from hf_datavec.candidates import Candidate, Trial, Verdict
 from hf_datavec.errors import DatavecError, RunError
 from hf_datavec.geometry import Gram
-from hf_datavec.images import ImageSet
 from hf_datavec.models import Network
-from hf_datavec.pipeline import judging, weights
+from hf_datavec.pipeline import weights
 from hf_datavec.pipeline.judging import Judge
 from hf_datavec.pipeline.trying import Tried
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
 from hf_datavec.recalibrate import Sites
-from hf_datavec.recipe import ScaleSearch
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +39,20 @@ def in_memory(plan: Plan, folder: Path, device: str) -> NetworkOf:
     return lambda made: tried.network(made, made)
 
 
-def decided(
-    plan: Plan, images: ImageSet | None, folder: Path, device: str
-) -> tuple[Plan, Judge | None, Verdict | None]:
-    """A plan without `auto`, the ensemble of the sites' networks if there are images for it, and what it tried.
+def decided(plan: Plan, judge: Judge | None, folder: Path, device: str) -> tuple[Plan, Verdict | None]:
+    """A plan in which something is `auto` without it, and what was tried, if there was more than one candidate.
 
-    Every process must call it. Raises: RunError when `auto` has nothing to go by.
+    `folder` holds all of the fused model but its weights. Every process must call it.
+
+    Raises: RunError when there is nothing to go by.
     """
-    if images is None:
-        return plan, None, None
-    judge = processes.together(lambda: judging.judge(plan, images, device))
-    if not candidates.wanted(plan):
-        return plan, judge, None
+    listed = candidates.of(plan)
+    if len(listed) == 1 and len(listed[0].modes) == 1:
+        return candidates.resolved(plan, listed[0], listed[0].modes[0]), None
     if judge is None:
         problem = "`auto` cannot choose: no site's network gives finite answers on the public images"
         raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method, scale and mode")
-    found, verdict = choose(plan, judge, in_memory(plan, folder, device), device)
-    return found, judge, verdict
+    return choose(plan, judge, in_memory(plan, folder, device), device)
 
 
 def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tuple[Plan, Verdict]:
@@ -78,9 +73,7 @@ def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tupl
         problem = f"none of {len(trials)} candidates of `auto` could be used: {best.problem}"
         raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method and scale")
     log.info("%s", verdict.text)
-    if isinstance(plan.recipe.merge.scale, ScaleSearch):
-        return candidates.with_mode(plan, best.mode), verdict
-    return candidates.planned(plan, best.candidate, best.mode), verdict
+    return candidates.resolved(plan, best.candidate, best.mode), verdict
 
 
 @dataclass(frozen=True)
