@@ -193,7 +193,9 @@ def _learned(network: Network, base: Checkpoint, lessons: _Lessons, settings: Tu
     network.module.eval()
     start = [parameter.detach().clone() for parameter in parameters]
     before = lessons.match(network, held, settings.batch_size)
-    with torch.inference_mode(False), torch.enable_grad():
+    # On a GPU, too, the same seed is to give the same weights, in float32.
+    exactly = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(False), torch.enable_grad(), exactly:
         _train(network, parameters, (lessons, used), settings, seed)
     network.module.requires_grad_(False)
     after = lessons.match(network, held, settings.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -229,6 +230,28 @@ def test_what_was_undone_is_said_and_leaves_the_restored_network(study, tmp_path
     assert "Learning from the ensemble was undone" in (tmp_path / "undone" / "README.md").read_text()
     one, other = (digest(tmp_path / name / "model.safetensors") for name in ("plain", "undone"))
     assert one == other
+
+
+SEARCHED = {"scale": {"search": [0.5, 1.0], "images": "./images"}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [("none", {"dtype": "float16"}), ("statistics", {"merge": {"method": "auto"}}), ("relative", {"merge": SEARCHED})],
+)
+def test_learning_follows_whatever_was_chosen_and_its_lock_repeats_it(mode, more, study, tmp_path, run):
+    (tmp_path / "images").symlink_to(study / "images")
+    path = recipe(study, tmp_path, recalibrate={"mode": mode, "tune": DISTIL}, **more)
+    for given, output in ((path, "fused"), (tmp_path / "fused" / "recipe.lock.yaml", "again")):
+        outcome = run("merge", given, "-o", output)
+        assert outcome.code == 0, outcome.err
+    card = (tmp_path / "fused" / "README.md").read_text()
+    told = re.findall("learned for 2 epochs from|Learning from the ensemble was undone", card)
+    assert len(told) == 1
+    # What `auto` takes can be as close as these few images let it be.
+    assert told == ["learned for 2 epochs from"] or more.get("merge") == {"method": "auto"}
+    one, again = (digest(tmp_path / name / "model.safetensors") for name in ("fused", "again"))
+    assert one == again
 
 
 def test_a_network_without_batch_norm_learns_as_well(tmp_path, run):
