@@ -15,8 +15,8 @@ from hf_datavec.methods import all_methods
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO, Merge, ScaleSearch
 
-# For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of methods that are PER_SITE are
-# divided by the number of sites.
+# For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of
+# methods that are PER_SITE are divided by the number of sites.
 METHODS: tuple[tuple[str, float, Mapping[str, Any]], ...] = (
     ("mean", 1.0, {}),
     ("sum", 2.0, {}),
