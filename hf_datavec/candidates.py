@@ -15,8 +15,8 @@ from hf_datavec.methods import all_methods
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO, Merge, ScaleSearch
 
-# For `method: auto`: method, scale and options. Of equals the first is taken. Scales of methods that are PER_SITE are
-# divided by the number of sites.
+# For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of
+# methods that are PER_SITE are divided by the number of sites.
 METHODS: tuple[tuple[str, float, Mapping[str, Any]], ...] = (
     ("mean", 1.0, {}),
     ("sum", 2.0, {}),
@@ -31,6 +31,8 @@ SCALES_PER_SITE = (1.0, 1.5, 2.0, 3.0)
 SCALES = (0.5, 0.75, 1.0, 1.5)
 # For `mode: auto`; the second needs a site that shares its statistics.
 MODES = ("statistics", "relative")
+# Divergences that differ beyond these digits are equal: less is what another machine's roundings make.
+DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Verdict:
     @property
     def best(self) -> Trial:
         """The trial that diverges least; of equals the first."""
-        return min(self.trials, key=lambda trial: trial.match.divergence)
+        return min(self.trials, key=lambda trial: round(trial.match.divergence, DIGITS))
 
     @property
     def mean(self) -> Match | None:

@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from hf_datavec import automatic, candidates, models
+from hf_datavec.agreement import BROKEN, Match
+from hf_datavec.candidates import Candidate, Trial, Verdict
 from hf_datavec.geometry import Geometry
 from hf_datavec.hub import parse as parse_reference
 from hf_datavec.images import open_images
@@ -196,7 +198,7 @@ def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_diverge_least
         expected = naive(agreeing, one, number, judge)
         assert one["divergence"] == pytest.approx(expected.divergence, rel=1e-3, abs=1e-5), one
         assert one["agreement"] == pytest.approx(expected.agreement, abs=1e-9), one
-    assert choice["found"] == min(tried, key=lambda one: one["divergence"])
+    assert choice["found"] == min(tried, key=lambda one: round(one["divergence"], 4))
     best = (agreeing / f"alone-{tried.index(choice['found'])}" / "model.safetensors").read_bytes()
     assert (agreeing / "fused" / "model.safetensors").read_bytes() == best
 
@@ -307,6 +309,27 @@ def test_a_site_that_is_blown_up_is_not_summed_in(agreeing, run):
     divergences = {(one["method"], one.get("site"), one["mode"]): one["divergence"] for one in found["candidates"]}
     assert found["found"]["divergence"] == min(divergences.values())
     assert found["found"]["divergence"] < divergences["sum", None, "statistics"]
+
+
+def test_of_candidates_that_are_as_good_as_equal_the_first_is_taken():
+    listed = [Candidate("mean", 1.0), Candidate("sum", 0.5), Candidate("tsv", 1.0)]
+    trials = [Trial(one, "none", Match(value, 1.0)) for one, value in zip(listed, (0.3, 0.10001, 0.1), strict=True)]
+    assert Verdict("images", "digest", 9, ("a",), tuple(trials)).best is trials[1]
+    broken = Verdict("images", "digest", 9, ("a",), (Trial(listed[0], "none", BROKEN, "broken"), trials[0]))
+    assert broken.best is trials[0]
+    assert broken.mean == trials[0].match
+
+
+def test_a_site_alone_with_its_own_statistics_is_not_warned_of(agreeing, run):
+    make_vector(agreeing / "base", agreeing / "tuned-b", agreeing / "shared-b", with_statistics=True)
+    vectors = [{"vector": f"./{site}", "weight": weight} for site, weight in (("site-a", 0.0), ("shared-b", 1.0))]
+    sections = {"base": "./base", "vectors": vectors, "recalibrate": {"mode": "moments"}}
+    alone = write_recipe(agreeing / "alone.yaml", merge={"method": "linear"}, **sections)
+    outcome = run("merge", alone, "-o", "alone")
+    assert outcome.code == 0, outcome.err
+    assert "warning" not in outcome.err
+    ours, theirs = (load_file(agreeing / place / "model.safetensors") for place in ("alone", "tuned-b"))
+    assert all(torch.allclose(ours[name], one, atol=1e-6) for name, one in theirs.items())
 
 
 def test_plan_says_how_auto_will_choose(agreeing, run):
