@@ -179,6 +179,45 @@ def shifts(counts: Floats) -> Floats:
     return found
 
 
+def taught(kind: str, parts: Floats, weights: Floats | None = None) -> Floats:
+    """The teacher's logarithms of probabilities (n, k) from those of its members (sites, n, k), NaN for no say.
+
+    `logits` is `pooled`; `probabilities` takes the mean of probabilities instead; `confidence` is `pooled` with each
+    member's answer to an image weighed by exp(-entropy), so that a member that cannot tell hardly counts.
+    """
+    import numpy as np
+
+    if kind == "logits":
+        return pooled(parts, weights)
+    says = ~np.isnan(parts)
+    # Members are means over views, which need not add up to one; one without any say stays without.
+    known = log_softmax_of_known(parts)
+    shares = np.where(says, np.exp(known), 0.0)
+    given = np.ones(parts.shape[::2]) if weights is None else np.asarray(weights, dtype=np.float64)
+    each = np.where(says, given[:, None, :], 0.0)
+    if kind == "confidence":
+        entropy = -(shares * np.where(shares > 0, known, 0.0)).sum(axis=2, keepdims=True)
+        each = each * np.exp(-entropy)
+    values = shares if kind == "probabilities" else np.where(says, parts, 0.0)
+    total = each.sum(axis=0)
+    mean = (each * values).sum(axis=0) / np.where(total > 0, total, 1.0)
+    with np.errstate(divide="ignore"):
+        found = np.log(mean) if kind == "probabilities" else mean
+    return log_softmax(np.where(total > 0, found, -np.inf))
+
+
+def log_softmax_of_known(values: Floats) -> Floats:
+    """The logarithms of the probabilities along the last axis among the values that are no NaN; minus infinity else."""
+    import numpy as np
+
+    known = np.where(np.isnan(values), -np.inf, values)
+    highest = known.max(axis=-1, keepdims=True)
+    shifted = known - np.where(np.isfinite(highest), highest, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return np.where(np.isnan(found), -np.inf, found)
+
+
 def match(teacher: Floats, student: Floats) -> Match:
     """Divergence and agreement of a student's logits with a teacher's logarithms of probabilities.
 

@@ -69,6 +69,15 @@ class Ensemble:
         shift = 0.0 if self.counts is None else agreement.shifts(self.counts)[:, None, :]
         return agreement.pooled(self._members + shift)
 
+    def taught(self, kind: str) -> Floats:
+        """The logarithms of the probabilities (n, k) that a student learns, by a kind of `agreement.taught`.
+
+        Raises: ValueError when the ensemble is silent.
+        """
+        if self.is_silent:
+            raise ValueError("no network of the ensemble gives finite answers")
+        return agreement.taught(kind, self._members, self.weights)
+
     @property
     def probabilities(self) -> Floats:
         """The ensemble's probabilities (n, k)."""

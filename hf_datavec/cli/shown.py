@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec import candidates
 from hf_datavec.ensemble import MOST_IMAGES
+from hf_datavec.recalibrate import HELD_OUT
 from hf_datavec.recipe import WeightSearch
 from hf_datavec.tables import metric_rows, size, table
 
@@ -56,6 +57,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "survey_passes": plan.survey_passes,
         "recalibrate": _restoration(plan),
+        "distils": _distilling(plan) if plan.recipe.distils else None,
         "auto": _choice_line(plan) if candidates.wanted(plan) else None,
         "notes": plan.notes,
     }
@@ -94,6 +96,25 @@ def _choice_line(plan: Plan) -> str:
     return f"by agreement with the sites' networks on up to {most} images of {wanted.images}, of {count} candidates"
 
 
+def _distilling(plan: Plan) -> dict[str, int]:
+    """What learning from the sites' networks costs at most, as far as headers tell: images that are looked at, passes
+    of one image through the fused network and back, and variants of images that each site's network answers to."""
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # else nothing is learned
+    images, tune = min(wanted.count, MOST_IMAGES), wanted.tuning
+    passes = tune.epochs * (images - images // HELD_OUT)
+    return {"epochs": tune.epochs, "images": images, "passes": passes, "variants": images * (tune.variants - 1)}
+
+
+def _distilling_line(plan: Plan) -> str:
+    found = _distilling(plan)
+    variants = f"; each site's network answers to {found['variants']} variants of them" if found["variants"] else ""
+    return (
+        f"then distils: {found['epochs']} epochs on at most {found['images']} images, "
+        f"{found['passes']} passes forward and back{variants}"
+    )
+
+
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     """A plan as the rows of a table."""
     lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {short(plan.base_digest)})")]
@@ -123,6 +144,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")),
         ("recalibrate", _restoration_line(plan)),
     ]
+    if plan.recipe.distils:
+        lines.append(("", _distilling_line(plan)))
     if plan.download_bytes:
         lines.append(("downloads", size(plan.download_bytes)))
     lines += [

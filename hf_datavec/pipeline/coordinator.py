@@ -21,7 +21,7 @@ from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, deciding, finished, judging, ledger, lock, weights
+from hf_datavec.pipeline import choosing, deciding, distilling, finished, judging, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
@@ -137,6 +137,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
     describing = partial(import_ahead, *DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
     judge, verdict = _judge(prepared.plan, images, place), None
+    distilling.refuse(prepared.plan, judge)
     # Before anything is written, unless the mode is what has to be found.
     chosen = None if candidates.wanted(prepared.plan) else _decide(prepared.plan, images, place)
     with _staged(output) as folder:
@@ -154,7 +155,8 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         resume = recipe.merge.searched is None and images.learning is None
         if not resume:
             vectors.begin()
-        again = not resume or chosen.mode != "none" or images.test is not None or recipe.push is not None
+        looked_at = any(one is not None for one in (images.judged, images.test, recipe.push))
+        again = not resume or chosen.mode != "none" or looked_at
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
@@ -178,7 +180,8 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         prepared = replace(prepared, plan=choice.plan)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration)))
+        learned, digest = distilling.learn(choice.plan, folder, judge, place, digest)
+        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration, learned)))
         agreed = judging.held_against(judge, folder, place, mean=verdict.mean if verdict else None)
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()

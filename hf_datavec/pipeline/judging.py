@@ -72,9 +72,14 @@ def judge(plan: Plan, images: ImageSet, device: str) -> Judge | None:
     answers."""
     wanted = plan.recipe.recalibrate
     assert wanted is not None  # it names the images
-    sites = Sites(plan.base, plan.contributions, any(one.has_statistics for one in plan.contributions), device)
+    sites = everyone(plan, device)
     shown = restoring.pictures(sites, images, wanted)
     return of_pictures(sites, plan.labels, shown, (images.fetched.reference.identity, images.digest))
+
+
+def everyone(plan: Plan, device: str) -> Sites:
+    """All sites of a plan, each with its own statistics where it shares them."""
+    return Sites(plan.base, plan.contributions, any(one.has_statistics for one in plan.contributions), device)
 
 
 def of_pictures(

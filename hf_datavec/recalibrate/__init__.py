@@ -18,10 +18,11 @@ from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
 from hf_datavec.recalibrate.relative import abroad, carried_over, relative
 from hf_datavec.recalibrate.repair import goals, repair
 from hf_datavec.recalibrate.sites import Sites, as_tensors, of_base, sharing
-from hf_datavec.recalibrate.tune import tune
+from hf_datavec.recalibrate.tune import HELD_OUT, trained, tune
 
 __all__ = [
     "FOREIGN",
+    "HELD_OUT",
     "Channels",
     "Domain",
     "Found",
@@ -53,5 +54,6 @@ __all__ = [
     "repair",
     "sharing",
     "statistics",
+    "trained",
     "tune",
 ]

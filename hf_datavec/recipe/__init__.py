@@ -27,6 +27,8 @@ from hf_datavec.recipe.sections import (
     ScaleValue,
     Section,
     Text,
+    Trained,
+    Tune,
     VectorEntry,
     WeightSearch,
 )
@@ -46,6 +48,8 @@ __all__ = [
     "ScaleValue",
     "Section",
     "Text",
+    "Trained",
+    "Tune",
     "VectorEntry",
     "WeightSearch",
     "check",

@@ -35,6 +35,9 @@ TAGS: dict[KeyPath, tuple[str, ...]] = {
 }
 # The modes that measure something on images; `auto` takes them if there are any.
 NEED_IMAGES = ("statistics", "relative", "repair", "tune")
+# The keys of `tune` that count single steps, and those of learning from the sites' networks.
+STEPPED = ("steps",)
+DISTILLED = ("augment", "batch_size", "copies", "epochs", "mixup", "teacher")
 # The methods whose length follows from the vectors' inner products, so that `scale: auto` can be told.
 LENGTHS_KNOWN = ("sum", "mean")
 
@@ -214,15 +217,41 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if restore and restore.mode in NEED_IMAGES and not restore.images:
         hint = "name a folder or data set of public images, or use mode: moments or none"
         yield document.problem(("recalibrate",), f"mode '{restore.mode}' needs 'images:'", at="key", hint=hint)
-    if restore and restore.mode != "tune" and restore.tune is not None:
-        problem = f"is for mode 'tune' alone, but the mode is '{restore.mode}'"
-        yield document.problem(("recalibrate", "tune"), problem, at="key", hint="remove it, or use mode: tune")
+    yield from _tune_problems(document, restore)
     for index, override in enumerate(recipe.merge.overrides):
         try:
             re.compile(override.tensors)
         except re.error as error:
             where = ("merge", "overrides", index, "tensors")
             yield document.problem(where, f"not a regular expression: {error}")
+
+
+def _tune_problems(document: Document, restore: Recalibrate | None) -> Iterator[LocatedError]:
+    """Tuning without its mode or its images, and keys that do not go with its loss."""
+    tune = restore.tune if restore else None
+    if restore is None or tune is None:
+        return
+    where: KeyPath = ("recalibrate", "tune")
+    if restore.mode != "tune" and not restore.distils:
+        problem = f"is for mode 'tune' alone, but the mode is '{restore.mode}'"
+        hint = "remove it, or use mode: tune; loss: ensemble goes with every mode"
+        yield document.problem(where, problem, at="key", hint=hint)
+    if restore.distils and restore.images is None and restore.mode not in NEED_IMAGES:
+        hint = "add recalibrate.images, a folder or data set of public images"
+        yield document.problem(where, "loss: ensemble learns on public images, and there are none", at="key", hint=hint)
+    strange = sorted(tune.model_fields_set & set(STEPPED if restore.distils else DISTILLED))
+    if strange:
+        said = " and ".join(f"'{key}'" for key in strange)
+        problem = f"{said}: only for loss: ensemble"
+        if restore.distils:
+            problem = f"{said}: not for loss: ensemble, which counts 'epochs'"
+        yield document.problem((*where, strange[0]), problem, at="key", about=where, hint="remove it")
+    if tune.parameters == "head" and not restore.distils:
+        problem = "'head' is only for loss: ensemble"
+        yield document.problem((*where, "parameters"), problem, hint="use affine or all, or loss: ensemble")
+    if restore.distils and tune.augment == "none" and "copies" in tune.model_fields_set:
+        problem = "without 'augment' there is one variant of each image"
+        yield document.problem((*where, "copies"), problem, at="key", hint="remove it, or use augment: turns or crops")
 
 
 def _scale_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]:
