@@ -179,7 +179,7 @@ def shifts(counts: Floats) -> Floats:
     return found
 
 
-def taught(kind: str, parts: Floats, weights: Floats | None = None) -> Floats:
+def taught(kind: str, parts: Floats) -> Floats:
     """The teacher's logarithms of probabilities (n, k) from those of its members (sites, n, k), NaN for no say.
 
     `logits` is `pooled`; `probabilities` takes the mean of probabilities instead; `confidence` is `pooled` with each
@@ -188,13 +188,12 @@ def taught(kind: str, parts: Floats, weights: Floats | None = None) -> Floats:
     import numpy as np
 
     if kind == "logits":
-        return pooled(parts, weights)
+        return pooled(parts)
     says = ~np.isnan(parts)
     # Members are means over views, which need not add up to one; one without any say stays without.
     known = log_softmax_of_known(parts)
     shares = np.where(says, np.exp(known), 0.0)
-    given = np.ones(parts.shape[::2]) if weights is None else np.asarray(weights, dtype=np.float64)
-    each = np.where(says, given[:, None, :], 0.0)
+    each = says.astype(np.float64)
     if kind == "confidence":
         entropy = -(shares * np.where(shares > 0, known, 0.0)).sum(axis=2, keepdims=True)
         each = each * np.exp(-entropy)

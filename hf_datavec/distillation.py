@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_datavec import agreement, ensemble, models, processes, recalibrate
@@ -150,7 +150,7 @@ def _answers(teacher: Ensemble, pictures: Pictures, sites: Sites, load: Load, se
     found = ensemble.of(sites, teacher.labels, Pictures(len(places), varied, pictures.batch_size))
     if found.is_silent:
         raise RunError("no site's network gives finite answers to the pictures' variants", hint="leave `augment` out")
-    answers = replace(found, weights=teacher.weights).taught(settings.teacher)
+    answers = found.taught(settings.teacher)
     return np.concatenate([first[None], answers.reshape(more, count, -1)])
 
 

@@ -66,8 +66,7 @@ class Ensemble:
         """
         if self.is_silent:
             raise ValueError("no network of the ensemble gives finite answers")
-        shift = 0.0 if self.counts is None else agreement.shifts(self.counts)[:, None, :]
-        return agreement.pooled(self._members + shift)
+        return agreement.pooled(self._in_one_mix)
 
     def taught(self, kind: str) -> Floats:
         """The logarithms of the probabilities (n, k) that a student learns, by a kind of `agreement.taught`.
@@ -76,7 +75,7 @@ class Ensemble:
         """
         if self.is_silent:
             raise ValueError("no network of the ensemble gives finite answers")
-        return agreement.taught(kind, self._members, self.weights)
+        return agreement.taught(kind, self._in_one_mix)
 
     @property
     def probabilities(self) -> Floats:
@@ -85,6 +84,11 @@ class Ensemble:
 
         found: Floats = np.exp(self.teacher)
         return found
+
+    @property
+    def _in_one_mix(self) -> Floats:
+        """What the members answer for the mix of classes of all sites, where they declare their images."""
+        return self._members if self.counts is None else self._members + agreement.shifts(self.counts)[:, None, :]
 
     @cached_property
     def _members(self) -> Floats:

@@ -184,8 +184,8 @@ def _agreement_text(agreement: Agreement | None) -> str:
     header = ("network", "support in %", "same answer in %", "divergence")
     return (
         "\n## Agreement with the sites\n\nHow the ensemble of the sites' networks sees answers to "
-        f"{agreement.count} unlabelled public images of `{agreement.images}`: *support* is the mean probability that it "
-        "gives to a network's answers, *divergence* the mean Kullback-Leibler divergence in nats at the temperature "
+        f"{agreement.count} unlabelled public images of `{agreement.images}`: *support* is the mean probability that "
+        "it gives to a network's answers, *divergence* the mean Kullback-Leibler divergence in nats at the temperature "
         f"that suits the network best. No accuracy.\n\n{markdown_table(header, agreement.rows)}\n{caution}"
     )
 
