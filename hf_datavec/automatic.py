@@ -72,11 +72,6 @@ def choose(geometry: Geometry, method: str) -> Automatic:
     return Automatic(found, scale, text)
 
 
-def resolve(plan: Plan) -> tuple[Plan, str]:
-    """The plan with method and scale in place of `auto`, and the sentence that says why; reads the vectors once."""
-    return applied(plan, decide(plan))
-
-
 def decide(plan: Plan) -> Automatic | None:
     """What `auto` chooses for a plan, if it asks for that. Raises: InputError for NaN or infinite values."""
     merge = plan.recipe.merge

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_datavec import lineage
+from hf_datavec.agreement import Agreement
+from hf_datavec.candidates import Verdict
 from hf_datavec.card import LEAK_WARNING, licence, metadata
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry
@@ -30,6 +32,8 @@ class Fusion:
     plots: tuple[tuple[str, str], ...] = ()
     search: Search | None = None
     rounds: tuple[Round, ...] = ()
+    agreement: Agreement | None = None
+    verdict: Verdict | None = None
 
     @property
     def locked(self) -> bool:
@@ -64,7 +68,7 @@ Labels: {", ".join(plan.labels)}
 
 {_site_table(fusion)}
 {"".join(f"{chr(10)}![{text}]({file}){chr(10)}" for file, text in fusion.plots)}
-{_search_text(fusion.search)}{_evaluation_text(fusion.evaluation)}
+{_verdict_text(fusion.verdict)}{_search_text(fusion.search)}{_agreement_text(fusion.agreement)}{_evaluation_text(fusion.evaluation)}
 ## How it was made
 
 {_rounds_text(fusion.rounds)}{_calibration_text(fusion)}\
@@ -164,6 +168,26 @@ def _search_text(search: Search | None) -> str:
         f"\n## Search\n\nThe {search.kind} was chosen by {metric} on {search.count} labelled public images of "
         f"`{search.images}` (digest `{search.digest[:19]}`), in percent, with 95 % bootstrap intervals over images. "
         f"These images are no test set any more.\n\n{shown}\n"
+    )
+
+
+def _verdict_text(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    header = ("candidate", "restored by", "support in %", "same answer in %", "divergence", "")
+    return f"\n## Choice\n\n{verdict.text} No label was looked at.\n\n{markdown_table(header, verdict.rows)}\n"
+
+
+def _agreement_text(agreement: Agreement | None) -> str:
+    if agreement is None:
+        return ""
+    caution = f"\n{agreement.caution}\n" if agreement.caution else ""
+    header = ("network", "support in %", "same answer in %", "divergence")
+    return (
+        "\n## Agreement with the sites\n\nHow the ensemble of the sites' networks sees answers to "
+        f"{agreement.count} unlabelled public images of `{agreement.images}`: *support* is the mean probability that "
+        "it gives to a network's answers, *divergence* the mean Kullback-Leibler divergence in nats at the temperature "
+        f"that suits the network best. No accuracy.\n\n{markdown_table(header, agreement.rows)}\n{caution}"
     )
 
 

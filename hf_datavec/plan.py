@@ -169,6 +169,11 @@ class Plan:
         return (self.recipe.merge.clip is not None) + ranks + products
 
     @property
+    def is_judged(self) -> bool:
+        """Whether public images are looked at on which the sites' networks judge the fused one."""
+        return self.recipe.is_judged(has_statistics=self.base.has_statistics)
+
+    @property
     def download_bytes(self) -> int:
         """What has to come from the Hub before the merge can start."""
         return self.base_fetched.download_bytes + sum(one.fetched.download_bytes for one in self.contributions)

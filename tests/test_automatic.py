@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import make_vector, write_recipe
+from networks import make_images, make_network, make_vector, save_with, tune, write_recipe
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from hf_datavec import automatic
+from hf_datavec import automatic, candidates, models
+from hf_datavec.agreement import BROKEN, Match
+from hf_datavec.candidates import Candidate, Trial, Verdict
 from hf_datavec.geometry import Geometry
+from hf_datavec.hub import parse as parse_reference
+from hf_datavec.images import open_images
 from hf_datavec.located import parse
+from hf_datavec.pipeline import coordinator, judging
+from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.recipe import check
 
 
@@ -132,3 +140,214 @@ def test_what_auto_cannot_do_is_told(merge, said):
     with pytest.raises(Exception, match=r"recipe\.yaml") as caught:
         check(parse(f"base: ./b\nvectors: [./a]\nmerge: {merge}\n", "recipe.yaml"))
     assert said in str(caught.value)
+
+
+@pytest.fixture
+def agreeing(tmp_path):
+    """Three sites of which one shares no statistics, and unlabelled images; recipes are written by `by_agreement`."""
+    base = make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=6)
+    for number, site in enumerate("abc", start=1):
+        tuned = tune(base, tmp_path / f"tuned-{site}", seed=number, step=0.05)
+        counts = {"cat": number, "dog": 2, "owl": 3}
+        make_vector(base, tuned, tmp_path / f"site-{site}", with_statistics=site != "b", examples=counts)
+    return tmp_path
+
+
+def by_agreement(folder, name="recipe", **sections):
+    given = {"base": "./base", "vectors": ["./site-a", "./site-b", "./site-c"], **sections}
+    given.setdefault("merge", {"method": "auto"})
+    given["recalibrate"] = {"images": "./images", "batch_size": 5, **given.get("recalibrate", {"mode": "auto"})}
+    return write_recipe(folder / f"{name}.yaml", **given)
+
+
+def logits_of(network, pictures):
+    with torch.no_grad():
+        return network.logits(pictures.tensors(network.preprocess, range(len(pictures)))).double().numpy()
+
+
+def naive(folder, candidate, number, judge):
+    """How the folder that a recipe of this candidate alone is merged into relates to the ensemble."""
+    merge = {key: candidate[key] for key in ("method", "scale", "options") if key in candidate}
+    vectors = ["./site-a", "./site-b", "./site-c"]
+    if "site" in candidate:
+        vectors = [{"vector": one, "weight": float(one.endswith(candidate["site"]))} for one in vectors]
+    mode = {"mode": candidate["mode"]}
+    path = by_agreement(folder, f"alone-{number}", vectors=vectors, merge=merge, recalibrate=mode)
+    result = coordinator.merge(path, output=folder / f"alone-{number}", device="cpu")
+    network = models.load(result.output)
+    return judge.ensemble.match(
+        logits_of(network, open_images(parse_reference(str(folder / "images")))), network.labels
+    )
+
+
+def test_auto_takes_the_candidate_that_a_loop_over_merges_finds_to_have_most_support(agreeing, run):
+    outcome = run("merge", by_agreement(agreeing), "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    choice = json.loads(outcome.out)["choice"]
+    assert choice == json.loads((agreeing / "fused" / "search.json").read_text())["choice"]
+    tried = choice["candidates"]
+    kinds = {(one["method"], one.get("site"), one["scale"] == 0) for one in tried}
+    methods = {method for method, site, base in kinds if not site and not base}
+    assert methods == {"mean", "sum", "iso_c", "tsv", "ties", "fedavg"}
+    assert {site for _, site, _ in kinds if site} == {"site-a", "site-b", "site-c"}
+    assert ("sum", None, True) in kinds
+    assert {one["mode"] for one in tried} == {"statistics", "relative"}
+    pictures = open_images(parse_reference(str(agreeing / "images")))
+    judge = judging.judge(prepare(agreeing / "recipe.yaml").plan, pictures, "cpu")
+    for number, one in enumerate(tried):
+        expected = naive(agreeing, one, number, judge)
+        assert one["divergence"] == pytest.approx(expected.divergence, rel=1e-3, abs=1e-5), one
+        assert one["agreement"] == pytest.approx(expected.agreement, abs=1e-9), one
+        assert one["support"] == pytest.approx(expected.support, rel=1e-3, abs=1e-5), one
+    ranked = min(tried, key=lambda one: (-round(one["support"], 4), round(one["divergence"], 4)))
+    assert choice["found"] == ranked
+    best = (agreeing / f"alone-{tried.index(choice['found'])}" / "model.safetensors").read_bytes()
+    assert (agreeing / "fused" / "model.safetensors").read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"merge": {"method": "sum", "scale": "auto"}, "recalibrate": {"mode": "statistics"}},
+        {"merge": {"method": "ties", "scale": "auto", "options": {"density": 0.3}}},
+        {"merge": {"method": "mean"}},
+        {"merge": {"method": "auto"}, "recalibrate": {"mode": "none"}},
+        {"aliases": True},
+    ],
+)
+def test_what_agreement_chose_stands_in_the_lock_which_repeats_it(agreeing, run, sections):
+    outcome = run("merge", by_agreement(agreeing, **sections), "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    chosen = found["choice"]["found"]
+    assert "`auto` chose" in found["restoration"]
+    assert "## Choice" in (agreeing / "fused" / "README.md").read_text()
+    lock = agreeing / ("recipe.lock.yaml" if sections.get("aliases") else "fused/recipe.lock.yaml")
+    locked = YAML(typ="safe").load(lock.read_text())
+    assert (locked["merge"].get("method", "sum"), locked["merge"].get("scale", 1.0)) == (
+        chosen["method"],
+        chosen["scale"],
+    )
+    assert locked["recalibrate"].get("mode", "statistics") == chosen["mode"]
+    assert locked["lock"]["calibration"]["digest"] == found["choice"]["digest"]
+    again = run("merge", lock, "-o", "again", "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["choice"] is None
+    weights = (agreeing / "fused" / "model.safetensors").read_bytes()
+    assert (agreeing / "again" / "model.safetensors").read_bytes() == weights
+
+
+def test_the_scales_that_are_tried_follow_the_number_of_sites(agreeing, run):
+    recipe = by_agreement(agreeing, merge={"scale": "auto"}, recalibrate={"mode": "statistics"})
+    tried = json.loads(run("merge", recipe, "-o", "fused", "--json").out)["choice"]["candidates"]
+    assert [one["scale"] for one in tried] == pytest.approx([1 / 3, 1 / 2, 2 / 3, 1])
+    recipe = by_agreement(agreeing, merge={"method": "iso_c", "scale": "auto"})
+    tried = json.loads(run("merge", recipe, "-o", "other", "--json").out)["choice"]["candidates"]
+    assert [one["scale"] for one in tried] == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0, 1.5, 1.5]
+
+
+def test_a_labelled_search_finds_the_scale_and_agreement_the_mode(agreeing, run):
+    merge = {"scale": {"search": [0.25, 0.5, 1.0], "images": "./images", "batch_size": 5}}
+    outcome = run("merge", by_agreement(agreeing, merge=merge), "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert {(one["scale"], one["mode"]) for one in found["choice"]["candidates"]} == {
+        (0.5, "statistics"),
+        (0.5, "relative"),
+    }
+    assert found["scale"] == found["search"]["found"]
+    assert set(json.loads((agreeing / "fused" / "search.json").read_text())) >= {"searched", "choice"}
+
+
+def test_sites_with_other_labels_are_asked_for_those_that_they_have(agreeing, run):
+    other = make_network("test_resnet", agreeing / "other", labels=("owl", "yak"))
+    tensors = load_file(agreeing / "tuned-c" / "model.safetensors")
+    tensors |= {name: one for name, one in load_file(other / "model.safetensors").items() if name.startswith("fc.")}
+    make_vector(agreeing / "base", save_with(other, agreeing / "tuned-d", tensors), agreeing / "site-d")
+    outcome = run("merge", by_agreement(agreeing, vectors=["./site-a", "./site-b", "./site-d"]), "-o", "f", "--json")
+    assert outcome.code == 0, outcome.err
+    tried = json.loads(outcome.out)["choice"]["candidates"]
+    # No site knows all labels, and neither does the base.
+    assert not [one for one in tried if "site" in one or one["scale"] == 0]
+
+
+def test_a_head_of_zeros_is_no_candidate(agreeing):
+    tensors = load_file(agreeing / "base" / "model.safetensors")
+    tensors |= {name: torch.zeros_like(one) for name, one in tensors.items() if name.startswith("fc.")}
+    save_with(agreeing / "base", agreeing / "base", tensors)
+    for site in "abc":
+        make_vector(agreeing / "base", agreeing / f"tuned-{site}", agreeing / f"zero-{site}")
+    path = by_agreement(agreeing, vectors=[f"./zero-{site}" for site in "abc"])
+    assert all(one.scale for one in candidates.of(prepare(path).plan))
+
+
+def test_a_network_without_batch_norm_is_chosen_as_well(tmp_path, run):
+    base = make_network("vit", tmp_path / "base")
+    make_images(tmp_path / "images", each=4)
+    for number, site in enumerate("ab", start=1):
+        tuned = tune(base, tmp_path / f"tuned-{site}", seed=number)
+        make_vector(base, tuned, tmp_path / f"site-{site}")
+    recipe = by_agreement(tmp_path, vectors=["./site-a", "./site-b"])
+    outcome = run("merge", recipe, "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    assert {one["mode"] for one in json.loads(outcome.out)["choice"]["candidates"]} == {"none"}
+    assert run("merge", "fused/recipe.lock.yaml", "-o", "again").code == 0
+    weights = (tmp_path / "fused" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_site_that_is_blown_up_is_not_summed_in(agreeing, run):
+    base, tuned = (load_file(agreeing / place / "model.safetensors") for place in ("base", "tuned-b"))
+    far = {
+        name: base[name] + 1000 * (one - base[name]) if one.is_floating_point() and "running" not in name else one
+        for name, one in tuned.items()
+    }
+    make_vector(agreeing / "base", save_with(agreeing / "base", agreeing / "far", far), agreeing / "site-far")
+    recipe = by_agreement(agreeing, vectors=["./site-a", "./site-far", "./site-c"])
+    outcome = run("merge", recipe, "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)["choice"]
+    support = {(one["method"], one.get("site"), one["mode"]): one["support"] for one in found["candidates"]}
+    assert found["found"]["support"] == max(support.values())
+    assert found["found"]["support"] > support["sum", None, "statistics"]
+
+
+def test_of_candidates_that_are_as_good_as_equal_the_first_is_taken():
+    listed = [Candidate("mean", 1.0), Candidate("sum", 0.5), Candidate("tsv", 1.0)]
+    given = ((0.1, 0.7), (0.30001, 0.80001), (0.3, 0.8))
+    trials = [Trial(one, "none", Match(far, 1.0, support)) for one, (far, support) in zip(listed, given, strict=True)]
+    assert Verdict("images", "digest", 9, ("a",), tuple(trials)).best is trials[1]
+    nearer = replace(trials[2], match=Match(0.2, 1.0, 0.8))
+    assert Verdict("images", "digest", 9, ("a",), (*trials, nearer)).best is nearer
+    broken = Verdict("images", "digest", 9, ("a",), (Trial(listed[0], "none", BROKEN, "broken"), trials[0]))
+    assert broken.best is trials[0]
+    assert broken.mean == trials[0].match
+
+
+def test_a_site_alone_with_its_own_statistics_is_not_warned_of(agreeing, run):
+    make_vector(agreeing / "base", agreeing / "tuned-b", agreeing / "shared-b", with_statistics=True)
+    vectors = [{"vector": f"./{site}", "weight": weight} for site, weight in (("site-a", 0.0), ("shared-b", 1.0))]
+    sections = {"base": "./base", "vectors": vectors, "recalibrate": {"mode": "moments"}}
+    alone = write_recipe(agreeing / "alone.yaml", merge={"method": "linear"}, **sections)
+    outcome = run("merge", alone, "-o", "alone")
+    assert outcome.code == 0, outcome.err
+    assert "warning" not in outcome.err
+    ours, theirs = (load_file(agreeing / place / "model.safetensors") for place in ("alone", "tuned-b"))
+    assert all(torch.allclose(ours[name], one, atol=1e-6) for name, one in theirs.items())
+
+
+def test_plan_says_how_auto_will_choose(agreeing, run):
+    outcome = run("plan", by_agreement(agreeing))
+    assert outcome.code == 0, outcome.err
+    assert "by agreement with the sites' networks on up to 512 images of ./images, of 18 candidates" in outcome.out
+
+
+def test_an_interrupted_push_is_gone_on_with_after_a_choice(agreeing, run):
+    recipe = by_agreement(agreeing, push={"repo": "./pushed"}, output="./fused")
+    assert run("merge", recipe, "--no-push").code == 0
+    outcome = run("merge", recipe)
+    assert outcome.code == 0, outcome.err
+    assert "only the push is missing" in outcome.err
+    assert (agreeing / "pushed" / "search.json").is_file()

@@ -19,7 +19,7 @@ from hf_datavec.writing import in_file_order
 PATIENCE = 300
 
 # What each recipe asks of the engine: slices, ranks over whole vectors, inner products of whole vectors, random
-# masks, second moments, whole matrices, searches and learning.
+# masks, second moments, whole matrices, searches, learning and candidates that the sites' networks judge.
 MERGES = {
     "sum": {},
     "ties": {"method": "ties", "options": {"density": 0.3, "scope": "vector"}},
@@ -31,8 +31,16 @@ MERGES = {
     "scale": {"scale": {"search": [0.3, 1.0], "images": "./images", "batch_size": 4}},
     "weights": {"method": "linear", "weights": {"search": "coordinate", "rounds": 1, "images": "./images"}},
     "learned": {"method": "adamerging", "options": {"steps": 2}},
+    "auto": {"method": "auto"},
 }
-RESTORED = {"sum": "statistics", "ties": "relative", "site": "repair", "drops": "moments", "matrix": "tune"}
+RESTORED = {
+    "sum": "statistics",
+    "ties": "relative",
+    "site": "repair",
+    "drops": "moments",
+    "matrix": "tune",
+    "auto": "auto",
+}
 FITTED = {"sum": "ensemble", "ties": "labels"}
 
 MANY = """

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import make_images, make_network
+from networks import make_images, make_network, write_recipe
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -374,6 +374,25 @@ def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
     folder = clinic / "results" / "seed-3"
     assert run("merge", folder / "recipes" / "ties_x_1__none.yaml", "-o", "fused").code == 0
     assert_predicted_by(clinic / "fused", folder, "ties_x_1__none", clinic)
+
+
+def test_auto_chooses_in_a_study_what_a_merge_chooses_on_its_public_images(clinic, run):
+    write_study(
+        clinic, seeds=[3], federated=None, relay=None, heads=None, restore=["auto"], merges=[{"method": "auto"}]
+    )
+    assert run("study", "study.yaml", "--device", "cpu").code == 0
+    folder = clinic / "results" / "seed-3"
+    table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
+    (clinic / "public").mkdir()
+    for number, place in enumerate(json.loads((folder / "parts.json").read_text())["public"]["images"]):
+        table.images.image(place).save(clinic / "public" / f"{number:03}.png")
+    restore = {"mode": "auto", "images": str(clinic / "public")}
+    recipe = {**YAML(typ="safe").load((folder / "recipes" / "auto.yaml").read_text()), "recalibrate": restore}
+    path = write_recipe(folder / "recipes" / "on-images.yaml", **recipe)
+    outcome = run("merge", path, "-o", "fused")
+    assert outcome.code == 0, outcome.err
+    assert "candidates the ensemble of the sites' networks gives" in outcome.err
+    assert_predicted_by(clinic / "fused", folder, "auto__auto__by_agreement", clinic)
 
 
 def assert_predicted_by(fused, folder, row, clinic):

@@ -160,7 +160,7 @@ def merge(options: Namespace) -> None:
 
     numpy_on_one_thread()
     with without_collection():
-        from hf_datavec.cli.shown import evaluation_table, search_table
+        from hf_datavec.cli.shown import choice_table, evaluation_table, search_table
         from hf_datavec.pipeline import coordinator
     result = coordinator.merge(options.recipe, output=options.output, push=not options.no_push, device=options.device)
     output = _near(result.output)
@@ -177,10 +177,14 @@ def merge(options: Namespace) -> None:
                 "restoration": result.restoration,
                 "temperature": result.temperature,
                 "search": result.search.as_dict() if result.search else None,
+                "choice": result.verdict.as_dict() if result.verdict else None,
+                "agreement": result.agreement.as_dict() if result.agreement else None,
                 "evaluation": result.evaluation.as_dict() if result.evaluation else None,
                 "pushed_to": result.pushed_to,
             }
         )
+    if result.verdict:
+        _say(choice_table(result.verdict) + "\n")
     if result.search:
         _say(search_table(result.search) + "\n")
     if result.evaluation:

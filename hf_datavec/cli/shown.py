@@ -6,11 +6,15 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec import candidates
+from hf_datavec.ensemble import MOST_IMAGES
+from hf_datavec.recalibrate import HELD_OUT
 from hf_datavec.recipe import WeightSearch
 from hf_datavec.second_moments import REVEALED
 from hf_datavec.tables import metric_name, metric_rows, size, table
 
 if TYPE_CHECKING:
+    from hf_datavec.candidates import Verdict
     from hf_datavec.evaluate import Evaluation
     from hf_datavec.manifest import Manifest
     from hf_datavec.pipeline.discovery import Found
@@ -54,6 +58,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "survey_passes": plan.survey_passes,
         "recalibrate": _restoration(plan),
+        "distils": _distilling(plan) if plan.recipe.distils else None,
+        "auto": _choice_line(plan) if candidates.wanted(plan) else None,
         "notes": plan.notes,
     }
 
@@ -85,6 +91,33 @@ def _restoration_line(plan: Plan) -> str:
     return f"{found['mode']}{on}; {len(found['statistics_of'])} of {len(plan.contributions)} sites share statistics"
 
 
+def _choice_line(plan: Plan) -> str:
+    """How what the recipe leaves open will be decided, as far as headers tell."""
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # the images are there
+    most, count = min(wanted.count, MOST_IMAGES), sum(len(one.modes) for one in candidates.of(plan))
+    return f"by agreement with the sites' networks on up to {most} images of {wanted.images}, of {count} candidates"
+
+
+def _distilling(plan: Plan) -> dict[str, int]:
+    """What learning from the sites' networks costs at most, as far as headers tell: images that are looked at, passes
+    of one image through the fused network and back, and variants of images that each site's network answers to."""
+    wanted = plan.recipe.recalibrate
+    assert wanted is not None  # else nothing is learned
+    images, tune = min(wanted.count, MOST_IMAGES), wanted.tuning
+    passes = tune.epochs * (images - images // HELD_OUT)
+    return {"epochs": tune.epochs, "images": images, "passes": passes, "variants": images * (tune.variants - 1)}
+
+
+def _distilling_line(plan: Plan) -> str:
+    found = _distilling(plan)
+    variants = f"; each site's network answers to {found['variants']} variants of them" if found["variants"] else ""
+    return (
+        f"then distils: {found['epochs']} epochs on at most {found['images']} images, "
+        f"{found['passes']} passes forward and back{variants}"
+    )
+
+
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     """A plan as the rows of a table."""
     lines = [("base", f"{plan.base_fetched.reference.identity} ({plan.base.library}, {short(plan.base_digest)})")]
@@ -102,6 +135,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         searched = plan.recipe.merge.searched
         what = "weights" if isinstance(searched, WeightSearch) else "scale"
         lines.append((f"search for {what}", f"by {searched.metric.replace('_', ' ')} on {searched.images}"))
+    if candidates.wanted(plan):
+        lines.append(("auto", _choice_line(plan)))
     if plan.recipe.merge.clip is not None:
         most = "the median of their norms" if plan.recipe.merge.clip == "median" else f"norm {plan.recipe.merge.clip:g}"
         lines.append(("clip", f"vectors to at most {most}"))
@@ -114,6 +149,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     ]
     if (temperature := _restoration(plan)["temperature"]) != "none":
         lines.append(("temperature", str(temperature)))
+    if plan.recipe.distils:
+        lines.append(("", _distilling_line(plan)))
     if plan.download_bytes:
         lines.append(("downloads", size(plan.download_bytes)))
     lines += [
@@ -127,6 +164,19 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
 def evaluation_table(found: Evaluation) -> str:
     """Metrics with their intervals."""
     return table((f"{found.count} images of {found.images}", "% (95 % interval)"), metric_rows(found.metrics))
+
+
+def choice_table(found: Verdict) -> str:
+    """What `auto` tried and chose."""
+    header = (
+        f"on {found.count} images of {found.images}",
+        "restored by",
+        "support in %",
+        "same answer in %",
+        "divergence",
+        "",
+    )
+    return table(header, found.rows)
 
 
 def search_table(found: Search) -> str:

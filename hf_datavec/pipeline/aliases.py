@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hf_datavec.pipeline import lock
@@ -25,3 +26,10 @@ def aliased(prepared: Prepared) -> Prepared:
     # Written anew, not edited: a comment could name a hospital as well.
     text = "# The sites are shown by aliases, so this recipe cannot be merged as it stands.\n" + lock.dump(recipe)
     return replace(prepared, plan=replace(plan, contributions=tuple(sites)), text=text)
+
+
+def aliases(prepared: Prepared, names: Sequence[str]) -> tuple[str, ...]:
+    """The sites' names as the fused model's folder tells them."""
+    pairs = zip(prepared.plan.contributions, aliased(prepared).plan.contributions, strict=True)
+    told = {ours.name: theirs.name for ours, theirs in pairs}
+    return tuple(told[name] for name in names)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from hf_datavec import head_scaling, models, recalibrate, temperature, variants
+from hf_datavec.ensemble import MOST_IMAGES, Ensemble
 from hf_datavec.errors import RunError
 from hf_datavec.images import ImageSet, evenly_spread
 from hf_datavec.pipeline.restore import calibration_pictures
 from hf_datavec.plan import FEW_IMAGES, Plan
-from hf_datavec.recalibrate import Pictures, Sites
+from hf_datavec.recalibrate import Pictures
 from hf_datavec.recipe import AUTO
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-    # The probabilities (n, labels) that a teacher gives the calibration images, in their order.
-    Teacher: TypeAlias = Callable[[], Floats]
 
 log = logging.getLogger(__name__)
+
+WAY_OUT = "weights or BatchNorm statistics are broken: a smaller scale, or recalibration, may help"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,15 @@ def given(plan: Plan) -> float | None:
 
 
 def scale(
-    plan: Plan, folder: Path, images: ImageSet | None, device: str, digest: str, *, teacher: Teacher | None = None
+    plan: Plan, folder: Path, images: ImageSet | None, ensemble: Ensemble | None, where: tuple[str, str]
 ) -> Scaled:
     """Find the temperature that the recipe asks for and divide the head of the written model by it.
 
-    `images` are the calibration images, None where nothing is fitted on them; without a `teacher`, the sites' networks
-    together are it. Raises: InputError for labels that are missing, RunError for a network that gives NaN.
+    `images` are the calibration images, which the `ensemble` has looked at, None where nothing is fitted on them;
+    `where` are the device and the content digest so far. Raises: InputError for labels that are missing, RunError for a
+    network that gives NaN.
     """
+    device, digest = where
     wanted = plan.recipe.recalibrate
     if wanted is None or wanted.temperature == "none":
         return Scaled(plan, "", digest)
@@ -64,7 +67,7 @@ def scale(
     if kind is None:
         return _skipped(plan, "there are no calibration images, and not every site declares a temperature", digest)
     if isinstance(kind, str):
-        found, how = _declared(plan) if kind == "sites" else _fitted(plan, folder, images, device, teacher=teacher)
+        found, how = _declared(plan) if kind == "sites" else _fitted(plan, folder, images, ensemble, device)
         found = float(f"{found:.4g}")  # more digits would be noise; the lock has these
     else:
         found, how = float(kind), "as the recipe says"
@@ -102,7 +105,7 @@ def _declared(plan: Plan) -> tuple[float, str]:
 
 
 def _fitted(
-    plan: Plan, folder: Path, images: ImageSet | None, device: str, *, teacher: Teacher | None
+    plan: Plan, folder: Path, images: ImageSet | None, ensemble: Ensemble | None, device: str
 ) -> tuple[float, str]:
     import numpy as np
 
@@ -111,6 +114,8 @@ def _fitted(
     assert images is not None  # a recipe without has been refused
     sites = recalibrate.sharing(plan.base, plan.contributions, device=device)
     pictures = calibration_pictures(sites, images, wanted)
+    if wanted.temperature != "labels":
+        pictures = recalibrate.fewer(pictures, MOST_IMAGES)  # those that the ensemble has looked at
     found = log_probabilities(models.load(folder, device=device), pictures)
     on = f"{_counted(pictures.count, 'image')} of `{images.fetched.reference.identity}`"
     if wanted.temperature == "labels":
@@ -119,29 +124,15 @@ def _fitted(
         if pictures.count < FEW_IMAGES:
             log.warning("warning: a temperature of %s is mostly chance; some hundreds are usual", on)
     else:
-        probabilities = teacher() if teacher else ensemble_probabilities(sites, plan.labels, pictures)
-        result = temperature.fit_ensemble(found, probabilities)
-        how = f"fitted to the ensemble of {_counted(len(sites.members), 'site')} on {on}"
+        if ensemble is None:
+            raise RunError(
+                "no site's network gives finite answers, so no temperature can be fitted", hint=f"their {WAY_OUT}"
+            )
+        result = temperature.fit_ensemble(found, ensemble.probabilities)
+        how = f"fitted to the ensemble of {_counted(len(ensemble.names), 'site')} on {on}"
     if result in (temperature.LEAST, temperature.MOST):
         log.warning("warning: the temperature %g is an end of its range; the images may tell nothing of it", result)
     return result, how
-
-
-def ensemble_probabilities(sites: Sites, labels: tuple[str, ...], pictures: Pictures) -> Floats:
-    """The probabilities (n, labels) of the sites' networks together: softmax of their mean log-probabilities.
-
-    Each network runs with its own statistics. A label is averaged over the sites that have it.
-    """
-    import numpy as np
-
-    total, counts = np.zeros((pictures.count, len(labels))), np.zeros(len(labels))
-    for network, _ in sites.networks():
-        columns = [labels.index(label) for label in network.labels]
-        total[:, columns] += log_probabilities(network, pictures)
-        counts[columns] += 1
-    powers = np.exp(total / counts)
-    result: Floats = powers / powers.sum(1, keepdims=True)
-    return result
 
 
 def log_probabilities(network: models.Network, pictures: Pictures) -> Floats:
@@ -159,8 +150,8 @@ def _batches(network: models.Network, pictures: Pictures) -> Iterator[Floats]:
             some = range(start, min(start + pictures.batch_size, pictures.count))
             logits = network.logits(pictures.load(some)).double()
         if not bool(torch.isfinite(logits).all()):
-            hint = "its weights or BatchNorm statistics are broken: a smaller scale, or recalibration, may help"
-            raise RunError("a network gives NaN or infinite values, so no temperature can be fitted", hint=hint)
+            problem = "a network gives NaN or infinite values, so no temperature can be fitted"
+            raise RunError(problem, hint=f"its {WAY_OUT}")
         yield torch.log_softmax(logits, dim=1).cpu().numpy()
 
 

@@ -9,32 +9,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hf_datavec import automatic, heatmap, hub, lineage, models, processes, study_base, tensors, variants
+from hf_datavec import automatic, candidates, heatmap, hub, lineage, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
+from hf_datavec.agreement import Agreement
+from hf_datavec.candidates import Verdict
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
 from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, confidence, finished, ledger, lock, weights
+from hf_datavec.pipeline import choosing, confidence, deciding, distilling, finished, judging, ledger, lock, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
-from hf_datavec.pipeline.aliases import aliased
+from hf_datavec.pipeline.aliases import aliased, aliases
 from hf_datavec.pipeline.choosing import Choice, Chooser
 from hf_datavec.pipeline.confidence import Scaled
-from hf_datavec.pipeline.prepare import (
-    Prepared,
-    calibration_images,
-    confidence_images,
-    evaluation_images,
-    learning_images,
-    prepare,
-    search_images,
-)
+from hf_datavec.pipeline.judging import Judge
+from hf_datavec.pipeline.prepare import Images, Prepared, open_all, prepare
 from hf_datavec.pipeline.trying import Tried
 from hf_datavec.pipeline.verification import Verification, verifying
 from hf_datavec.plan import Plan
@@ -64,6 +59,8 @@ class MergeResult:
     pushed_to: str | None
     search: Search | None = None
     temperature: float | None = None
+    agreement: Agreement | None = None
+    verdict: Verdict | None = None
 
 
 def merge(path: Path, *, output: Path | None = None, push: bool = True, device: devices.Device = "auto") -> MergeResult:
@@ -82,7 +79,7 @@ def merge(path: Path, *, output: Path | None = None, push: bool = True, device: 
     if not pushing:
         processes.on_main(lambda: refuse_existing(output))
     # Opened before anything is written, so that mistakes show early.
-    images = processes.first_on_each_machine(lambda: _open_images(prepared))
+    images = processes.first_on_each_machine(lambda: open_all(prepared))
     for note in prepared.plan.notes:
         log.info("note: %s", note)
     place = devices.choose(device)
@@ -103,44 +100,23 @@ def _merged(
     """Make the fused model, or find it made, and hand it over; nothing appears before all vectors are verified."""
     output, place = where
     # One process decides, since a number on an edge may fall to either side on another machine.
-    decided = processes.on_main(lambda: automatic.decide(prepared.plan))
+    by_agreement = candidates.wanted(prepared.plan)
+    decided = None if by_agreement else processes.on_main(lambda: automatic.decide(prepared.plan))
     resolved, why = automatic.applied(prepared.plan, decided)
     prepared = replace(prepared, plan=resolved)
     if why:
         log.info("%s", why)
     if pushing:
-        told = processes.on_main(lambda: finished.temperature_of(output, prepared))
-        made = replace(prepared, plan=variants.tempered(prepared.plan, told))
-        pinned = images.public or images.confidence
-        geometry = processes.on_main(lambda: finished.geometry_of(output, made, pinned, images.test, place))
+        before = finished.resolved(output, prepared) if by_agreement else prepared
+        told = processes.on_main(lambda: finished.temperature_of(output, before))
+        before = replace(before, plan=variants.tempered(before.plan, told))
+        geometry = processes.on_main(lambda: finished.geometry_of(output, before, images.judged, images.test, place))
         if geometry is not None:
             vectors.wait()
-            return _handed_over(made, output, geometry)
+            return _handed_over(before, output, geometry)
         processes.on_main(lambda: _refuse_hopeless(prepared.plan, output))
     result = _made(prepared, why, images, where, vectors)
     return replace(result, pushed_to=processes.on_main(lambda: _pushed(prepared, output))) if pushing else result
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images that a merge looks at: to restore, to measure, to search, to learn, to fit a temperature."""
-
-    public: ImageSet | None
-    test: ImageSet | None
-    labelled: ImageSet | None
-    learning: ImageSet | None
-    confidence: ImageSet | None
-
-    @property
-    def pinned(self) -> ImageSet | None:
-        """The recipe's calibration images, whatever they are looked at for."""
-        return self.public or self.confidence or self.learning
-
-
-def _open_images(prepared: Prepared) -> Images:
-    public, test = calibration_images(prepared), evaluation_images(prepared)
-    labelled, learning = search_images(prepared), learning_images(prepared)
-    return Images(public, test, labelled, learning, confidence_images(prepared, public))
 
 
 def _refuse_hopeless(plan: Plan, output: Path) -> None:
@@ -162,27 +138,37 @@ def _staged(output: Path) -> Iterator[Path]:
 def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str], vectors: Verification) -> MergeResult:
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
-    chosen = processes.together(lambda: restoring.decide(prepared.plan, images.public, place))
     describing = partial(import_ahead, *DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
+    judge, verdict = _judge(prepared.plan, images, place), None
+    distilling.refuse(prepared.plan, judge)
+    # Before anything is written, unless the mode is what has to be found.
+    chosen = None if candidates.wanted(prepared.plan) else _decide(prepared.plan, images, place)
     with _staged(output) as folder:
         processes.on_main(
             lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
         )
+        if chosen is None:
+            decided, verdict = deciding.decided(prepared.plan, judge, folder, place)
+            prepared = replace(prepared, plan=decided)
+            why = replace(verdict, names=aliases(prepared, verdict.names)).text if verdict else why
+        chosen, public = chosen or _decide(prepared.plan, images, place), images.public(prepared.plan)
+        if judge is not None:
+            judge.spares(chosen)
         # Only a merge in one go leaves weights that a next run would make again.
         resume = recipe.merge.searched is None and images.learning is None
         if not resume:
             vectors.begin()
-        looking = chosen.mode != "none" or images.test is not None or images.confidence is not None
-        again = not resume or looking or recipe.push is not None
+        looked_at = any(one is not None for one in (images.judged, images.test, recipe.push))
+        again = not resume or chosen.mode != "none" or looked_at
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
             digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again, meanwhile=describing)
-            return restoring.restore(plan, folder, images.public, chosen, digest)
+            return restoring.restore(plan, folder, public, chosen, digest)
 
         def restored(plan: Plan, network: models.Network) -> Mapping[str, torch.Tensor]:
-            return restoring.restored(plan, network, images.public, chosen)
+            return restoring.restored(plan, network, public, chosen)
 
         plan, adapted = prepared.plan, None
         if images.learning is not None:
@@ -197,28 +183,43 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
             choice = Chooser(images.labelled, tried).choose(plan, gram)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        scaled = _scaled(choice.plan, folder, images, place, digest)
+        learned, digest = distilling.learn(choice.plan, folder, judge, place, digest)
+        scaled = _scaled(choice.plan, folder, images, judge, (place, digest))
         choice, prepared = replace(choice, plan=scaled.plan), replace(prepared, plan=scaled.plan)
-        restoration = " ".join(filter(None, (why, adapted.text if adapted else "", restoration, scaled.text)))
+        texts = (why, adapted.text if adapted else "", restoration, learned, scaled.text)
+        restoration = " ".join(filter(None, texts))
+        agreed = judging.held_against(judge, folder, place, mean=verdict.mean if verdict else None)
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()
-        done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured)
+        done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured, agreed, verdict)
         processes.on_main(lambda: _finish(done, images, folder, output))
     result = MergeResult(
         output, choice.plan, scaled.digest, gram.geometry(), restoration, measured, None, choice.search
     )
-    return replace(result, temperature=scaled.temperature)
+    return replace(result, temperature=scaled.temperature, agreement=agreed, verdict=verdict)
 
 
-def _scaled(plan: Plan, folder: Path, images: Images, device: str, digest: str) -> Scaled:
-    """The merge with its confidence scaled; the plan is not sent between processes, which all have it."""
+def _scaled(plan: Plan, folder: Path, images: Images, judge: Judge | None, where: tuple[str, str]) -> Scaled:
+    """The merge with its confidence scaled; the plan is not sent between processes, which all have it.
+
+    `where` are the device and the content digest so far.
+    """
 
     def found() -> tuple[float | None, str, str]:
-        scaled = confidence.scale(plan, folder, images.confidence, device, digest)
+        scaled = confidence.scale(plan, folder, images.judged, judge.ensemble if judge else None, where)
         return scaled.temperature, scaled.text, scaled.digest
 
     temperature, text, digest = processes.on_main(found)
     return Scaled(variants.tempered(plan, "none" if temperature is None else temperature), text, digest)
+
+
+def _judge(plan: Plan, images: Images, place: str) -> Judge | None:
+    judged = images.judged
+    return processes.together(lambda: judging.judge(plan, judged, place)) if judged is not None else None
+
+
+def _decide(plan: Plan, images: Images, place: str) -> restoring.Restoration:
+    return processes.together(lambda: restoring.decide(plan, images.public(plan), place))
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,15 @@ class Done:
     geometry: Geometry
     restoration: str
     measured: Evaluation | None
+    agreed: Agreement | None
+    verdict: Verdict | None
 
 
 def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     """Write everything that will stand beside the weights in `output`, the lock included."""
     choosing.clear(folder)
-    prepared, public, search = done.prepared, images.public, done.choice.search
-    looked_at = public or images.confidence
-    calibration = looked_at.fetched if looked_at else None
+    prepared, public, search = done.prepared, images.judged, done.choice.search
+    calibration = public.fetched if public else None
     shown = aliased(prepared)
     rounds = _rounds(prepared, done.restoration)
     lineage.write(folder, rounds)
@@ -246,11 +248,15 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     fusion = replace(fusion, rounds=rounds)
     sites = tuple(one.name for one in shown.plan.contributions)
     fusion = replace(fusion, search=replace(search, sites=sites) if search else None)
+    if agreed := done.agreed:
+        fusion = replace(fusion, agreement=replace(agreed, names=aliases(prepared, agreed.names)))
+    if verdict := done.verdict:
+        fusion = replace(fusion, verdict=replace(verdict, names=aliases(prepared, verdict.names)))
     if done.adapted is not None:
         replace(done.adapted, sites=sites).write(folder)
     _describe(fusion, folder)
     if fusion.locked:
-        locked = lock.text(prepared, images.pinned, images.test, images.labelled, folder=output)
+        locked = lock.text(prepared, public or images.learning, images.test, images.labelled, folder=output)
         (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
     elif not prepared.recipe.lock:
         log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, images.test))
@@ -312,13 +318,22 @@ def _describe(fusion: Fusion, folder: Path) -> None:
         names = [one.name for one in fusion.plan.contributions]
         heatmap.plot_cosines(names, fusion.geometry, folder / "cosines.png")
         fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
-    if fusion.search:
-        text = json.dumps(fusion.search.as_dict(), indent=2)
+    if found := _searched(fusion):
+        text = json.dumps(found, indent=2)
         (folder / "search.json").write_text(text + "\n", "utf-8")
+    if fusion.agreement:
+        text = json.dumps(fusion.agreement.as_dict(), indent=2)
+        (folder / judging.AGREEMENT_FILE).write_text(text + "\n", "utf-8")
     if fusion.evaluation:
         text = json.dumps(fusion.evaluation.as_dict(), indent=2)
         (folder / finished.EVALUATION_FILE).write_text(text + "\n", "utf-8")
     (folder / "README.md").write_text(fused_card(fusion), "utf-8")
+
+
+def _searched(fusion: Fusion) -> dict[str, Any]:
+    """Everything that was tried, on labelled images and by agreement."""
+    search = fusion.search.as_dict() if fusion.search else {}
+    return {**search, "choice": fusion.verdict.as_dict()} if fusion.verdict else search
 
 
 def _pushed(prepared: Prepared, output: Path) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from hf_datavec import fuse, head_scaling, tensors
+from hf_datavec import candidates, fuse, head_scaling, tensors, variants
 from hf_datavec import recipe as recipes
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
+from hf_datavec.methods import all_methods
 from hf_datavec.metrics import Estimate
 from hf_datavec.pipeline import lock
 from hf_datavec.pipeline.aliases import aliased
@@ -63,6 +65,28 @@ def temperature_of(output: Path, prepared: Prepared) -> float | Literal["none"]:
         return given(prepared.plan) or "none"
     found = locked.recalibrate.temperature if locked.recalibrate else "none"
     return "none" if isinstance(found, str) else found
+
+
+def resolved(output: Path, prepared: Prepared) -> Prepared:
+    """The recipe with what the lock of an earlier run in `output` says that `auto` chose; as it is without one."""
+    place = lock.beside(prepared) if prepared.recipe.aliases else output / lock.LOCK_FILE
+    try:
+        found = recipes.load(place)
+    except InputError:
+        return prepared
+    merge = {name: getattr(found.merge, name) for name in ("method", "scale", "options")}
+    plan = variants.with_merge(prepared.plan, prepared.plan.recipe.merge.model_copy(update=merge))
+    names = [entry.name for entry in found.entries]
+    if found.recalibrate is not None:
+        plan = candidates.with_mode(plan, found.recalibrate.mode)
+    if set(names) != set(prepared.order):
+        return prepared
+    if plan.recipe.merge.method in all_methods() and all_methods()[plan.recipe.merge.method].needs_counts:
+        plan = variants.counted(plan)
+    if any(entry.weight is not None for entry in found.entries):
+        weights = {str(entry.name): 1.0 if entry.weight is None else entry.weight for entry in found.entries}
+        plan = variants.weighted(plan, weights)
+    return replace(prepared, plan=plan)
 
 
 def _texts(output: Path, prepared: Prepared, public: ImageSet | None, test: ImageSet | None) -> dict[Path, str]:

@@ -12,14 +12,13 @@ from hf_datavec.hub import Fetched
 from hf_datavec.images import ImageSet
 from hf_datavec.pipeline.prepare import (
     Prepared,
-    calibration_images,
-    confidence_images,
     evaluation_images,
+    judging_images,
     learning_images,
     search_images,
 )
 from hf_datavec.plan import Contribution, Plan
-from hf_datavec.recipe import ModelEntry, WeightSearch
+from hf_datavec.recipe import AUTO, ModelEntry, WeightSearch
 from hf_datavec.vector import tool_versions
 
 # In the folder of a fused model: the recipe as given, and what it stood for.
@@ -37,7 +36,7 @@ def write(prepared: Prepared, test: ImageSet | None = None) -> Path:
     test = test or evaluation_images(prepared)
     target = beside(prepared)
     partial = target.with_name(f".{target.name}.partial")
-    public = calibration_images(prepared) or confidence_images(prepared, None) or learning_images(prepared)
+    public = judging_images(prepared) or learning_images(prepared)
     pinned_text = text(prepared, public, test, search_images(prepared), folder=target.parent)
     partial.write_text(pinned_text, "utf-8")
     partial.replace(target)
@@ -66,7 +65,9 @@ def text(
         _entry(entry, one.name, pinned(one.fetched, folder))
         for entry, one in zip(plan.recipe.entries, ordered, strict=True)
     ]
-    if isinstance(prepared.recipe.merge.weights, WeightSearch) and not plan.recipe.merge.searched:
+    # Of what `auto` may choose, only a single site is told by weights.
+    one_site = prepared.recipe.merge.method == AUTO and plan.recipe.merge.method == "linear"
+    if one_site or (isinstance(prepared.recipe.merge.weights, WeightSearch) and not plan.recipe.merge.searched):
         for entry, one in zip(recipe["vectors"], ordered, strict=True):
             entry["weight"] = one.weight
     if labelled and plan.recipe.merge.searched:

@@ -79,7 +79,8 @@ def _references(recipe: Recipe, folder: Path) -> tuple[hub.Reference, ...]:
 def _reference_errors(recipe: Recipe, folder: Path, base: Checkpoint) -> Iterator[InputError]:
     """What is wrong with images and push targets, so that it is known before anything is computed."""
     restore = recipe.recalibrate
-    if restore and not restore.fits_temperature and (restore.mode == "none" or not base.has_statistics):
+    judged = recipe.is_judged(has_statistics=base.has_statistics)
+    if restore and not judged and not (base.has_statistics and restore.mode != "none"):
         restore = None  # nobody looks at these images then
     for section in (restore, recipe.merge.searched, recipe.evaluate):
         if section and section.images:
@@ -102,27 +103,17 @@ def _pinned(reference: hub.Reference, commit: str | None) -> hub.Reference:
     return replace(reference, revision=commit) if reference.repo else reference
 
 
-def calibration_images(prepared: Prepared) -> ImageSet | None:
-    """The public images that the recipe restores BatchNorm statistics on, if it does and the network has any.
+def judging_images(prepared: Prepared) -> ImageSet | None:
+    """The public images that the recipe restores statistics on, or on which the sites' networks judge the fused one.
 
-    Raises: InputError when they cannot be opened, or are not those that the lock pins.
-    """
-    wanted = prepared.recipe.recalibrate
-    if wanted is None or not wanted.looks_at_images or not prepared.plan.base.has_statistics:
-        return None
-    return _public(prepared)
-
-
-def confidence_images(prepared: Prepared, public: ImageSet | None) -> ImageSet | None:
-    """The images that the recipe fits a temperature on, if it does; `public` are the calibration images if open.
-
-    Raises: InputError when they cannot be opened, are not those that the lock pins, or lack labels that are needed.
+    Raises: InputError when they cannot be opened, are not those that the lock pins, or lack labels that a temperature
+    is fitted to.
     """
     wanted, plan = prepared.recipe.recalibrate, prepared.plan
-    if wanted is None or not wanted.fits_temperature or not plan.base.has_linear_head:
+    if not plan.is_judged:
         return None
-    images = public or _public(prepared)
-    if wanted.temperature == "labels":
+    images = _public(prepared)
+    if wanted is not None and wanted.temperature == "labels" and plan.base.has_linear_head:
         try:
             images.label_rows(plan.labels)
         except InputError as error:
@@ -150,6 +141,27 @@ def learning_images(prepared: Prepared) -> ImageSet | None:
     if wanted is None or wanted.images is None or not learning or plan.coefficients:
         return None
     return _public(prepared)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a merge looks at: to judge and to restore, to measure, to search, to learn coefficients."""
+
+    judged: ImageSet | None
+    test: ImageSet | None
+    labelled: ImageSet | None
+    learning: ImageSet | None
+
+    def public(self, plan: Plan) -> ImageSet | None:
+        """Those that a plan restores on, if it does and the network has statistics to restore."""
+        wanted = plan.recipe.recalibrate
+        return self.judged if wanted and wanted.looks_at_images and plan.base.has_statistics else None
+
+
+def open_all(prepared: Prepared) -> Images:
+    """All images that a merge looks at. Raises: InputError when some cannot be opened, or are not those of the lock."""
+    judged, test = judging_images(prepared), evaluation_images(prepared)
+    return Images(judged, test, search_images(prepared), learning_images(prepared))
 
 
 def _public(prepared: Prepared) -> ImageSet:

@@ -43,12 +43,15 @@ def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
     domain, blind = Domain(None), False
     if public is not None:
         domain = recalibrate.compare(sites, calibration_pictures(sites, public, wanted))
-        if wanted.mode == "tune":
+        if wanted.mode == "tune" and not wanted.distils:
             blind = _labelled(public, wanted, plan.labels) is None
+    distilled = wanted.mode == "tune" and wanted.distils
     everyone = len(sites.members) == len(plan.contributions)
     mode = (
         recalibrate.automatic(sites.shared, everyone, domain, images=public is not None)
         if wanted.mode == "auto"
+        else _start(domain, sites)
+        if distilled
         else wanted.mode
     )
     found = [recalibrate.cautions(mode, sites, len(plan.contributions), domain)]
@@ -66,6 +69,11 @@ def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
     if caution:
         log.warning("warning: %s", caution)
     return Restoration(mode, sites, domain, caution)
+
+
+def _start(domain: Domain, sites: Sites) -> str:
+    """The mode whose statistics fit the images, so that training need not make up for them."""
+    return "relative" if domain.foreign and sites.shared else "statistics"
 
 
 def restore(plan: Plan, folder: Path, public: ImageSet | None, chosen: Restoration, digest: str) -> tuple[str, str]:
@@ -118,18 +126,16 @@ def _wanted_names(mode: str) -> Callable[[str], bool]:
 
 def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, chosen: Restoration) -> str:
     """Restore a network in memory; returns a sentence, empty when the network has no BatchNorm layer."""
-    pictures = calibration_pictures(chosen.sites, public, wanted, network=network)
+    some = calibration_pictures(chosen.sites, public, wanted, network=network)
     mode = chosen.mode
     if mode == "tune":
-        # Tuning starts from statistics that fit, so that its few steps need not make up for them.
-        sites = chosen.sites
-        mode = "relative" if chosen.domain.foreign and sites.shared else "statistics"
-    found = recalibrate.measured(mode, network, pictures, chosen.sites, kept=chosen.kept)
+        mode = _start(chosen.domain, chosen.sites)
+    found = recalibrate.measured(mode, network, some, chosen.sites, kept=chosen.kept)
     recalibrate.assign(network, found.statistics)
     layers = len(found.statistics)
     if not layers:
         return ""
-    named = _named(found, pictures, public)
+    named = _named(found, some, public)
     text = {
         "statistics": f"The statistics of {layers} BatchNorm layers were re-estimated on {named}.",
         "relative": f"The statistics of {layers} BatchNorm layers were carried over from "
@@ -140,7 +146,7 @@ def _on_images(network: models.Network, public: ImageSet, wanted: Recalibrate, c
     if chosen.mode != "tune":
         return text
     # The steps depend on each other, so one process takes them; only its network is written.
-    return f"{text} {processes.on_main(lambda: _tuned(network, public, pictures, wanted))}"
+    return f"{text} {processes.on_main(lambda: _tuned(network, public, some, wanted))}"
 
 
 def _named(found: recalibrate.Found, pictures: Pictures, public: ImageSet) -> str:
@@ -165,7 +171,7 @@ def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted
         network,
         pictures,
         rows,
-        parameters=wanted.tuning.parameters,
+        parameters=wanted.tuning.trained,
         steps=wanted.tuning.steps,
         learning_rate=wanted.tuning.learning_rate,
     )
@@ -173,7 +179,7 @@ def _tuned(network: models.Network, public: ImageSet, pictures: Pictures, wanted
         undone = f"Tuning was undone, since {tuned.why_undone}"
         log.warning("warning: %s", undone)
         return f"{undone}."
-    what = "All weights" if wanted.tuning.parameters == "all" else "The BatchNorm layers' weights"
+    what = "All weights" if wanted.tuning.trained == "all" else "The BatchNorm layers' weights"
     how = "the images' labels" if rows is not None else "the entropy of predictions, which no label checks"
     return f"{what} were then tuned by {_counted(wanted.tuning.steps, 'step')} on {how}."
 
@@ -214,10 +220,7 @@ def calibration_pictures(
 
 def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> str:
     """Put restored tensors into the written file; returns the new content digest."""
-    stored = tensors.open_folder(folder)
-    restored = _changing(plan, restored)
-    _refuse_broken(restored, stored.records)
-    writing.overwrite(stored.records, restored)
+    digest = overwrite(plan, folder, restored)
     before = recalibrate.of_base(plan.base)
     after = {
         name: Gaussian(restored[f"{name}.running_mean"].double(), restored[f"{name}.running_var"].double())
@@ -225,6 +228,15 @@ def _write(plan: Plan, folder: Path, restored: Mapping[str, torch.Tensor]) -> st
     }
     change = recalibrate.median_change(before, after)
     log.info("BatchNorm means moved by %.2f standard deviations of the base's (median of all channels)", change)
+    return digest
+
+
+def overwrite(plan: Plan, folder: Path, values: Mapping[str, torch.Tensor]) -> str:
+    """Put tensors into the written file; returns its new content digest. Raises: InputError for values not finite."""
+    stored = tensors.open_folder(folder)
+    changing = _changing(plan, values)
+    _refuse_broken(changing, stored.records)
+    writing.overwrite(stored.records, changing)
     return tensors.open_folder(folder).digest
 
 

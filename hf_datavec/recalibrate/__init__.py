@@ -10,17 +10,19 @@ from hf_datavec.models import statistic_layers as layers_of
 from hf_datavec.recalibrate.change import median_change
 from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
 from hf_datavec.recalibrate.judgement import automatic, cautions, kind
-from hf_datavec.recalibrate.lockstep import Pictures, assign, looked_at, observe, statistics
-from hf_datavec.recalibrate.modes import Found, measured
+from hf_datavec.recalibrate.lockstep import Pictures, assign, fewer, looked_at, observe, statistics
+from hf_datavec.recalibrate.modes import Found, measured, of_seen
 from hf_datavec.recalibrate.outlying import outlying
+from hf_datavec.recalibrate.outputs import observed, outputs
 from hf_datavec.recalibrate.pooling import Channels, Gaussian, Measured
 from hf_datavec.recalibrate.relative import abroad, carried_over, relative
 from hf_datavec.recalibrate.repair import goals, repair
 from hf_datavec.recalibrate.sites import Sites, as_tensors, of_base, sharing
-from hf_datavec.recalibrate.tune import tune
+from hf_datavec.recalibrate.tune import HELD_OUT, trained, tune
 
 __all__ = [
     "FOREIGN",
+    "HELD_OUT",
     "Channels",
     "Domain",
     "Found",
@@ -35,6 +37,7 @@ __all__ = [
     "carried_over",
     "cautions",
     "compare",
+    "fewer",
     "goals",
     "kind",
     "layers_of",
@@ -42,11 +45,15 @@ __all__ = [
     "measured",
     "median_change",
     "observe",
+    "observed",
     "of_base",
+    "of_seen",
     "outlying",
+    "outputs",
     "relative",
     "repair",
     "sharing",
     "statistics",
+    "trained",
     "tune",
 ]

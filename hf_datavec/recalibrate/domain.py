@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from hf_datavec.images import evenly_spread
 from hf_datavec.models import Network
-from hf_datavec.recalibrate.lockstep import Pictures, observe
+from hf_datavec.recalibrate.lockstep import Pictures, fewer, observe
 from hf_datavec.recalibrate.pooling import Channels, Measured
 from hf_datavec.recalibrate.sites import Sites, combined
-
-if TYPE_CHECKING:
-    import torch
 
 # At the first BatchNorm layer of EfficientNet-Lite0: held-out images of the sites' kind differ by 0.001 to 0.02, of one
 # class only by up to 0.04; images of another kind by 0.2 and more (docs/restoration.md has the measurements).
@@ -43,22 +37,13 @@ def compare(sites: Sites, pictures: Pictures) -> Domain:
     """Hold the pictures against the sites' statistics, each site's first convolution looking at both."""
     if not sites.shared:
         return Domain(None)
-    some = replace(pictures, count=min(pictures.count, LOOKED_AT), notify=None)
-    found = [_first(network, _spread(pictures, some)) for network, _ in sites.networks()]
+    some = fewer(pictures, LOOKED_AT)
+    found = [_first(network, some) for network, _ in sites.networks()]
     name = next(iter(found[0]), None)
     if name is None:
         return Domain(None)
     seen = combined(found, sites.weights)[name]
     return Domain(divergence(seen, sites.home()[name]))
-
-
-def _spread(all_of_them: Pictures, some: Pictures) -> Pictures:
-    spread = evenly_spread(all_of_them.count, some.count)
-
-    def load(indices: Sequence[int]) -> torch.Tensor:
-        return all_of_them.load([spread[index] for index in indices])
-
-    return replace(some, load=load)
 
 
 def _first(network: Network, pictures: Pictures) -> dict[str, Measured]:

@@ -39,7 +39,9 @@ def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str
             "No site shares BatchNorm statistics, so the base's stand for the sites': the model can be worse than an "
             "unrestored one"
         )
-    if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions:
+    # A site that alone counts has statistics that belong to its weights, which are the fused ones.
+    alone = contributions > 1 and sum(weight != 0 for weight in sites.weights) == 1
+    if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions and not alone:
         found.append(f"Only {len(sites.members)} of {contributions} sites share statistics and stand for all")
     for name in outlying(sites):
         found.append(
@@ -47,7 +49,7 @@ def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str
             "they are part of what is restored to and of what public images are held against: ask the site, or leave "
             "it out"
         )
-    if mode == "moments":
+    if mode == "moments" and not alone:
         found.append(
             "The sites' statistics belong to the sites' weights, not to the fused ones: the model can be worse than an "
             "unrestored one; mode: relative on public images of any kind makes up for that"

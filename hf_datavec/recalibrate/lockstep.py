@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_datavec import processes
 from hf_datavec.errors import RunError
+from hf_datavec.images import evenly_spread
 from hf_datavec.models import Network, statistic_layers
 from hf_datavec.recalibrate.pooling import Channels, Images, Measured, across_processes, all_of, measure, summed
 
@@ -41,13 +42,19 @@ class Pictures:
     tolerance: float = 0.0
 
 
-def observe(network: Network, pictures: Pictures, *, settle: Settle | None = None) -> dict[str, Measured]:
+def observe(
+    network: Network,
+    pictures: Pictures,
+    *,
+    settle: Settle | None = None,
+    logits: list[torch.Tensor] | None = None,
+) -> dict[str, Measured]:
     """The moments of every BatchNorm layer's input over all pictures, by the layer's name in the file.
 
     Every layer is normalised by the moments of all images together (of `JOINT` at a time), as one huge batch in
     train mode would do, so the result depends neither on the batch size nor on the number of processes. `settle`
     may choose other statistics to go on with, once it is told a layer's moments. The layers keep what they were
-    last given; nothing else changes.
+    last given; nothing else changes. `logits` gets what the network gave for each batch of this process.
     """
     layers = statistic_layers(network)
     if not layers:
@@ -63,6 +70,8 @@ def observe(network: Network, pictures: Pictures, *, settle: Settle | None = Non
             # A process without images still takes part in every exchange; its one guest image counts nothing.
             lockstep = _Lockstep(network, layers, settle or _as_measured, counted=bool(chunks))
             lockstep.run([partial(pictures.load, chunk) for chunk in chunks or [images[:1]]])
+            if logits is not None and chunks:
+                logits += lockstep.logits
             for layer, measured in lockstep.measured.items():
                 found.setdefault(layer, []).extend(measured)
             if pictures.notify is not None:
@@ -70,6 +79,18 @@ def observe(network: Network, pictures: Pictures, *, settle: Settle | None = Non
             if max(all_of(parts).error for parts in found.values()) <= pictures.tolerance:
                 break
     return {name: all_of(parts) for name, parts in found.items()}
+
+
+def fewer(pictures: Pictures, count: int) -> Pictures:
+    """At most `count` of the pictures, evenly spread and without a bar."""
+    if pictures.count <= count:
+        return replace(pictures, notify=None)
+    spread = evenly_spread(pictures.count, count)
+
+    def load(indices: Sequence[int]) -> torch.Tensor:
+        return pictures.load([spread[index] for index in indices])
+
+    return replace(pictures, count=count, load=load, notify=None)
 
 
 def looked_at(found: Mapping[str, Measured], pictures: Pictures) -> Pictures:
@@ -136,6 +157,7 @@ class _Lockstep:
     settle: Settle
     counted: bool = True
     measured: dict[str, list[Measured]] = field(default_factory=dict)
+    logits: list[torch.Tensor] = field(default_factory=list)
 
     def run(self, batches: Sequence[Callable[[], torch.Tensor]]) -> None:
         from greenlet import greenlet
@@ -160,7 +182,8 @@ class _Lockstep:
             yield
 
     def _forward(self, batch: Callable[[], torch.Tensor]) -> None:
-        self.network.logits(batch())
+        # Passes end in turn as well, so these are in the order of the batches.
+        self.logits.append(self.network.logits(batch()))
 
     def _pool(self, stops: Sequence[tuple[str, Images] | None]) -> None:
         arrived = [stop for stop in stops if stop is not None]

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_datavec.models import Network
 from hf_datavec.recalibrate.lockstep import Pictures, looked_at, observe
-from hf_datavec.recalibrate.pooling import Gaussian
+from hf_datavec.recalibrate.pooling import Gaussian, Measured
 from hf_datavec.recalibrate.relative import abroad, relative
 from hf_datavec.recalibrate.repair import goals, repair
 from hf_datavec.recalibrate.sites import Sites
@@ -29,7 +29,13 @@ def measured(mode: str, network: Network, pictures: Pictures, sites: Sites, *, k
         pictures = replace(pictures, tolerance=0.0)  # all networks must have seen the same
         wanted = goals(sites, pictures, kept=kept)
         return Found(repair(network, pictures, goals=wanted), pictures.count, 0.0)
-    seen = observe(network, pictures)
+    return of_seen(mode, observe(network, pictures), pictures, sites, kept=kept)
+
+
+def of_seen(
+    mode: str, seen: Mapping[str, Measured], pictures: Pictures, sites: Sites, *, kept: list[Any] | None = None
+) -> Found:
+    """The statistics by layer that `statistics` or `relative` makes of what was seen in the layers' inputs."""
     images = next((one.images for one in seen.values()), 0)
     error = max((one.error for one in seen.values()), default=0.0)
     if mode == "relative":

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from hf_datavec.errors import InputError
 from hf_datavec.models import Network, normalization_layers, refuse_offloaded
 from hf_datavec.recalibrate.lockstep import Pictures
+from hf_datavec.recipe import Trained
 
 if TYPE_CHECKING:
     import torch
 
-Parameters = Literal["affine", "all"]
-# One image in so many is held out to tell whether labelled tuning helps.
+# One image in so many is held out to tell whether training helps.
 HELD_OUT = 5
 
 
@@ -33,7 +33,7 @@ def tune(
     pictures: Pictures,
     rows: Sequence[int] | None,
     *,
-    parameters: Parameters,
+    parameters: Trained,
     steps: int,
     learning_rate: float,
 ) -> Tuned:
@@ -48,7 +48,7 @@ def tune(
     Raises: InputError when the loss is not finite, or there is nothing to train.
     """
     refuse_offloaded(network, "tuning")
-    trained = _trained(network, parameters)
+    chosen = trained(network, parameters)
     network.module.eval()
     everything = range(pictures.count)
     checked = [index for index in everything if index % HELD_OUT == HELD_OUT - 1] if rows is not None else everything
@@ -59,8 +59,8 @@ def tune(
             hint="name a folder with some hundreds, and raise recalibrate.count",
         )
     before, right = _whole_loss(network, pictures, rows, checked)
-    start = [parameter.detach().clone() for parameter in trained]
-    _train(network, pictures, rows, used, _Training(trained, steps, learning_rate))
+    start = [parameter.detach().clone() for parameter in chosen]
+    _train(network, pictures, rows, used, _Training(chosen, steps, learning_rate))
     after, still_right = _whole_loss(network, pictures, rows, checked)
     why = ""
     if rows is not None and not after < before:
@@ -68,7 +68,7 @@ def tune(
     elif rows is not None and still_right < right:
         why = f"of {len(checked)} held-out images it left {still_right} right, {right} before"
     if why:
-        for parameter, value in zip(trained, start, strict=True):
+        for parameter, value in zip(chosen, start, strict=True):
             parameter.data.copy_(value)
     return Tuned(before, after, why)
 
@@ -120,16 +120,22 @@ def _whole_loss(
     return total / len(indices), right
 
 
-def _trained(network: Network, parameters: Parameters) -> list[torch.nn.Parameter]:
-    """What is trained, with gradients switched on for it alone."""
+def trained(network: Network, parameters: Trained, *, head: Collection[str] = ()) -> list[torch.nn.Parameter]:
+    """What is trained, with gradients switched on for it alone; `head` are the live names of the head's tensors.
+
+    Raises: InputError when the network has none of them.
+    """
     chosen = list(network.module.parameters())
+    if parameters == "head":
+        chosen = [value for name, value in network.module.named_parameters() if name in head]
     if parameters == "affine":
         layers = normalization_layers(network.module)
         chosen = [value for layer in layers for value in (layer.weight, layer.bias) if value is not None]
     for parameter in network.module.parameters():
         parameter.requires_grad_(any(parameter is one for one in chosen))
     if not chosen:
-        raise InputError("the BatchNorm layers have no weights to tune", hint="use tune: {parameters: all}")
+        which = "the last layer has" if parameters == "head" else "the BatchNorm layers have"
+        raise InputError(f"{which} no weights to tune", hint="use tune: {parameters: all}")
     return chosen
 
 

@@ -28,6 +28,8 @@ from hf_datavec.recipe.sections import (
     ScaleValue,
     Section,
     Text,
+    Trained,
+    Tune,
     VectorEntry,
     WeightSearch,
 )
@@ -48,6 +50,8 @@ __all__ = [
     "ScaleValue",
     "Section",
     "Text",
+    "Trained",
+    "Tune",
     "VectorEntry",
     "WeightSearch",
     "check",

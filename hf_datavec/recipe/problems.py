@@ -36,13 +36,22 @@ TAGS: dict[KeyPath, tuple[str, ...]] = {
 }
 # The modes that measure something on images; `auto` takes them if there are any.
 NEED_IMAGES = ("statistics", "relative", "repair", "tune")
+# The keys of `tune` that count single steps, and those of learning from the sites' networks.
+STEPPED = ("steps",)
+DISTILLED = ("augment", "batch_size", "copies", "epochs", "mixup", "teacher")
 # The methods whose length follows from the vectors' inner products, so that `scale: auto` can be told.
 LENGTHS_KNOWN = ("sum", "mean")
 
 
 def unknown_length(method: str) -> str:
-    """Why `scale: auto` cannot be told for a method."""
-    return f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{method}'"
+    """Why `scale: auto` cannot be told for a method without public images."""
+    known = ", ".join(LENGTHS_KNOWN)
+    return f"'auto' is known for {known} and for method: auto, not for '{method}' without public images"
+
+
+def unknown_scale(method: str) -> str:
+    """Why `scale: auto` makes no sense for a method that learns coefficients."""
+    return f"'auto' is not known for '{method}', which learns how much of each vector to add"
 
 
 def told(document: Document, found: Any, known_keys: Callable[[KeyPath, Any], list[str]] | None = None) -> LocatedError:
@@ -184,11 +193,7 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
     if weighed and recipe.merge.weights == "examples":
         where: KeyPath = ("vectors", weighed[0], "weight")
         yield document.problem(where, "a weight is given although merge.weights is 'examples'; keep one of the two")
-    if recipe.merge.scale == AUTO and recipe.merge.method not in (AUTO, *LENGTHS_KNOWN):
-        problem = (
-            f"'auto' is known for {', '.join(LENGTHS_KNOWN)} and for method: auto, not for '{recipe.merge.method}'"
-        )
-        yield document.problem(("merge", "scale"), problem, hint="give a number, or {search: [...], images: ...}")
+    yield from _scale_problems(document, recipe)
     if recipe.merge.method == AUTO:
         hint = "leave it out, or name a method"
         if weighed:
@@ -217,15 +222,53 @@ def sense_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]
         problem = f"'{restore.temperature}' is fitted on public images, and there are no 'images:'"
         hint = "add images: ./public-images, or use temperature: sites, or a number"
         yield document.problem(("recalibrate", "temperature"), problem, at="key", hint=hint)
-    if restore and restore.mode != "tune" and restore.tune is not None:
-        problem = f"is for mode 'tune' alone, but the mode is '{restore.mode}'"
-        yield document.problem(("recalibrate", "tune"), problem, at="key", hint="remove it, or use mode: tune")
+    yield from _tune_problems(document, restore)
     for index, override in enumerate(recipe.merge.overrides):
         try:
             re.compile(override.tensors)
         except re.error as error:
             where = ("merge", "overrides", index, "tensors")
             yield document.problem(where, f"not a regular expression: {error}")
+
+
+def _tune_problems(document: Document, restore: Recalibrate | None) -> Iterator[LocatedError]:
+    """Tuning without its mode or its images, and keys that do not go with its loss."""
+    tune = restore.tune if restore else None
+    if restore is None or tune is None:
+        return
+    where: KeyPath = ("recalibrate", "tune")
+    if restore.mode != "tune" and not restore.distils:
+        problem = f"is for mode 'tune' alone, but the mode is '{restore.mode}'"
+        hint = "remove it, or use mode: tune; loss: ensemble goes with every mode"
+        yield document.problem(where, problem, at="key", hint=hint)
+    if restore.distils and restore.images is None and restore.mode not in NEED_IMAGES:
+        hint = "add recalibrate.images, a folder or data set of public images"
+        yield document.problem(where, "loss: ensemble learns on public images, and there are none", at="key", hint=hint)
+    strange = sorted(tune.model_fields_set & set(STEPPED if restore.distils else DISTILLED))
+    if strange:
+        said = " and ".join(f"'{key}'" for key in strange)
+        problem = f"{said}: only for loss: ensemble"
+        if restore.distils:
+            problem = f"{said}: not for loss: ensemble, which counts 'epochs'"
+        yield document.problem((*where, strange[0]), problem, at="key", about=where, hint="remove it")
+    if tune.parameters == "head" and not restore.distils:
+        problem = "'head' is only for loss: ensemble"
+        yield document.problem((*where, "parameters"), problem, hint="use affine or all, or loss: ensemble")
+    if restore.distils and tune.augment == "none" and "copies" in tune.model_fields_set:
+        problem = "without 'augment' there is one variant of each image"
+        yield document.problem((*where, "copies"), problem, at="key", hint="remove it, or use augment: turns or crops")
+
+
+def _scale_problems(document: Document, recipe: Recipe) -> Iterator[LocatedError]:
+    """A scale that nothing tells: public images tell it for every method but those that learn on them."""
+    method = recipe.merge.method
+    if recipe.merge.scale != AUTO or method in (AUTO, *LENGTHS_KNOWN):
+        return
+    if method in all_methods() and all_methods()[method].learned:
+        yield document.problem(("merge", "scale"), unknown_scale(method), hint="leave it out")
+    elif not (recipe.recalibrate and recipe.recalibrate.images):
+        hint = "give a number, {search: [...], images: ...}, or recalibrate: {images: ...} that tell it"
+        yield document.problem(("merge", "scale"), unknown_length(method), hint=hint)
 
 
 def _search_problems(document: Document, recipe: Recipe, weighed: list[int]) -> Iterator[LocatedError]:

@@ -151,14 +151,42 @@ class Merge(Section):
         return AUTO in (self.method, self.scale)
 
 
-class Tune(Section):
-    """The steps of mode `tune`; without `loss`, labels are used where the images have them, else entropy."""
+# What the weights are tuned to, which weights, and how the sites' answers become one.
+Loss = Literal["labels", "entropy", "ensemble"]
+Trained = Literal["affine", "head", "all"]
+Teacher = Literal["logits", "probabilities", "confidence"]
 
-    parameters: Literal["affine", "all"] = "affine"
-    loss: Literal["labels", "entropy"] | None = None
+
+class Tune(Section):
+    """How weights are tuned; without `loss`, labels are used where the images have them, else entropy.
+
+    With `loss: ensemble` the network learns from the sites' networks, after whatever mode. It takes `epochs` and the
+    keys below it, the other losses take `steps`. Without `parameters`, `ensemble` trains all weights, the others
+    `affine`.
+    """
+
+    parameters: Trained | None = None
+    loss: Loss | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
     # A few passes over some hundred images; more is training, which `finetune` does better.
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    teacher: Teacher = "logits"
+    mixup: bool = True
+    augment: Literal["none", "turns", "crops"] = "none"
+    # How many variants of each image an `augment` prepares, the image as it is among them.
+    copies: Annotated[int, Field(ge=1, le=64)] = 8
+
+    @property
+    def trained(self) -> Trained:
+        """Which weights are trained."""
+        return self.parameters or ("all" if self.loss == "ensemble" else "affine")
+
+    @property
+    def variants(self) -> int:
+        """In how many variants each image is shown."""
+        return 1 if self.augment == "none" else self.copies
 
 
 # What is done about the confidence of answers where a recipe does not say it.
@@ -203,6 +231,11 @@ class Recalibrate(Section):
     def tuning(self) -> Tune:
         """The steps of mode `tune`."""
         return self.tune or Tune()
+
+    @property
+    def distils(self) -> bool:
+        """Whether the fused network then learns from the sites' networks."""
+        return self.tune is not None and self.tune.loss == "ensemble"
 
     @property
     def looks_at_images(self) -> bool:
@@ -271,6 +304,23 @@ class Recipe(Section):
     aliases: bool = False
     round: Annotated[int, Field(ge=1)] | None = None
     lock: Lock | None = None
+
+    def is_judged(self, *, has_statistics: bool) -> bool:
+        """Whether public images are looked at on which the sites' networks judge the fused one.
+
+        Of a network without BatchNorm statistics only where `auto`, learning or a temperature asks for it: nothing else
+        looks at images then.
+        """
+        restore = self.recalibrate
+        if restore is None or restore.images is None:
+            return False
+        asked = self.merge.automatic or restore.distils or restore.fits_temperature
+        return asked or (restore.looks_at_images and has_statistics)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the fused network learns from the sites' networks."""
+        return self.recalibrate is not None and self.recalibrate.distils
 
     @property
     def entries(self) -> tuple[VectorEntry | ModelEntry, ...]:

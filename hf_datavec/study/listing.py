@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from hf_datavec.recipe import AUTO
 from hf_datavec.study import trivial
 from hf_datavec.study.partition import FROM_BASE, POOLED
 from hf_datavec.study.rounds import FEDAVG, FEDAVG_MODE, Pace, heads_alone, kind, pace, relay, with_heads
@@ -24,11 +26,12 @@ ENSEMBLE, LOGITS = "output ensemble of the sites", "ensemble of the sites, logit
 START_ALONE = "start: averaged heads on the untouched base"
 HEADS_ALONE = "heads alone"
 RANDOM = "random vectors"
+LEARNED = "then learned from the ensemble"
 
 
 def rows(measuring: Measuring) -> list[Wanted]:
     """Every row of a seed whose sites are trained."""
-    parts = (_sites, _controls, _pooled, _merges, _random, _federated, _relays, _heads)
+    parts = (_sites, _controls, _pooled, _merges, _learned, _random, _federated, _relays, _heads)
     return [wanted for part in parts for wanted in part(measuring)]
 
 
@@ -116,8 +119,22 @@ def _merges(measuring: Measuring) -> Iterator[Wanted]:
                 yield Wanted(row, partial(measuring.fused, merge, mode, on=on), more, merge)
 
 
+def _learned(measuring: Measuring) -> Iterator[Wanted]:
+    """The first merge after it has learned from the sites' networks, as it is and calibrated."""
+    study = measuring.seed.place.study
+    if study.distil is None:
+        return
+    merge, mode = study.merges[0], AUTO if AUTO in study.restore else first_mode(study)
+    for on in ("", *(one.name for one in study.more_public)):
+        more = ", ".join((*_told(measuring.chosen(merge, mode, on)), *_images(measuring, on), str(study.distil)))
+        row = Row(f"{merge.name}, {LEARNED}", "fused", mode, on, matters=not on)
+        yield Wanted(row, partial(measuring.taught, merge, mode, on), more, merge, "learned")
+        row = replace(row, name=f"{row.name}, calibrated")
+        yield Wanted(row, partial(measuring.calibrated, merge, mode, on), more, merge, "calibrated")
+
+
 def _told(chosen: Chosen | None) -> tuple[str, ...]:
-    return (f"{chosen.method} x {chosen.scale:g}, {chosen.mode}",) if chosen else ()
+    return (f"{chosen.text}, {chosen.mode}",) if chosen else ()
 
 
 def _images(measuring: Measuring, on: str) -> tuple[str, ...]:

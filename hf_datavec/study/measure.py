@@ -136,7 +136,7 @@ def _found(measuring: Measuring, wanted: Sequence[Wanted], countdown: Countdown)
         found[one.row] = measuring.get(one)
         if one.merge is not None:
             chosen[one.row] = measuring.chosen(one.merge, one.row.mode, one.row.on)
-            recipes.write(seed, one.row, one.merge, chosen[one.row])
+            recipes.write(seed, one, chosen[one.row])
         if not is_kept:
             left = countdown.step()
             log.info("seed %d: row %d of %d (%s), %s", seed.number, place, len(wanted), one.row.text, left)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_datavec import automatic, fuse, models
+from hf_datavec import fuse, models
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.finetune import Settings
 from hf_datavec.images import ImageSet
@@ -172,7 +172,7 @@ class Seed:
     def plan(
         self, vectors: Sequence[Path], merge: Combining, *, base: Path | None = None, weights: Sequence[float] = ()
     ) -> Plan:
-        """The plan of a merge of kept vectors, with what was chosen in place of `auto`."""
+        """The plan of a merge of kept vectors, with `auto` where the study says so."""
         # The recipes that are kept for users are those of rows (`recipes`).
         file = self.folder / ".recipe.yaml"
         entries: list[Any] = [f"./{path.relative_to(self.folder)}" for path in vectors]
@@ -181,7 +181,7 @@ class Seed:
         start = os.path.relpath(base or self.base, self.folder)
         recipe = {"base": f"./{start}", "vectors": entries, "merge": self.combining(merge)}
         file.write_text(lock.dump(recipe), "utf-8")
-        return automatic.resolve(prepare(file).plan)[0]
+        return prepare(file).plan
 
     def combining(self, merge: Combining) -> dict[str, Any]:
         """A merge as a recipe says it."""

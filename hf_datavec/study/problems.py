@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from hf_datavec.located import Document, KeyPath, LocatedError
 from hf_datavec.methods import all_methods
 from hf_datavec.recipe import AUTO
-from hf_datavec.recipe.problems import LENGTHS_KNOWN, choice_problems, unknown_length, value_at
+from hf_datavec.recipe.problems import choice_problems, unknown_scale, value_at
 from hf_datavec.study.sections import LOOK_AT_IMAGES, Combining, Study
 
 
@@ -127,8 +127,8 @@ def _choice_problems(document: Document, study: Study) -> Iterator[LocatedError]
 def _merge_problems(document: Document, study: Study, path: KeyPath, merge: Combining) -> Iterator[LocatedError]:
     """What would stop the merge after hours of training."""
     found = all_methods().get(merge.method)
-    if merge.scale == AUTO and merge.method not in (AUTO, *LENGTHS_KNOWN):
-        yield document.problem((*path, "scale"), unknown_length(merge.method))
+    if merge.scale == AUTO and found is not None and found.learned:
+        yield document.problem((*path, "scale"), unknown_scale(merge.method))
     if merge.method == AUTO and merge.weights != "equal":
         problem = "method: auto chooses how sites are weighed as well"
         yield document.problem((*path, "weights"), problem, at="key", hint="leave it out, or name a method")

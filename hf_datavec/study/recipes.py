@@ -14,26 +14,41 @@ from hf_datavec.study.networks import Seed, has_statistics
 from hf_datavec.study.partition import slug
 from hf_datavec.study.pictures import Part
 from hf_datavec.study.restoring import BATCH, labelled
-from hf_datavec.study.rows import Chosen, Row
+from hf_datavec.study.rows import Chosen, Wanted
 from hf_datavec.study.sections import LOOK_AT_IMAGES, Combining
 
 PUBLIC_FOLDER = "public"
 
 
-def write(seed: Seed, row: Row, merge: Combining, chosen: Chosen | None) -> Path:
-    """Write the recipe of a row, with what was chosen in place of `auto`."""
+def write(seed: Seed, wanted: Wanted, chosen: Chosen | None) -> Path:
+    """Write the recipe of a merged row, with what was chosen in place of `auto`."""
+    row, merge = wanted.row, wanted.merge or Combining()
     folder = seed.folder / "recipes" / seed.place.name
     folder.mkdir(parents=True, exist_ok=True)
     mode, note = row.mode, ""
+    vectors: list[Any] = [_near(path, folder) for path in seed.site_vectors()]
+    overrides: dict[str, Any] = {}
     if chosen:
-        merge, mode = merge.model_copy(update={"method": chosen.method, "scale": chosen.scale}), chosen.mode
-        note = f"# {AUTO} chose method {merge.method}, scale {chosen.scale:g}, mode {mode}.\n"
-    recipe = {
+        update = {"method": chosen.method, "scale": chosen.scale, "options": dict(chosen.options)}
+        merge, mode = merge.model_copy(update=update), chosen.mode
+        note = f"# {AUTO} chose {chosen.text}, mode {mode}.\n"
+        if chosen.weights:
+            vectors = [{"vector": path, "weight": chosen.weights[Path(path).name]} for path in vectors]
+        if chosen.overrides:
+            overrides = {"overrides": [one.model_dump(exclude_none=True, mode="json") for one in chosen.overrides]}
+    recipe: dict[str, Any] = {
         "base": _near(seed.base, folder),
-        "vectors": [_near(path, folder) for path in seed.site_vectors()],
-        "merge": seed.combining(merge),
+        "vectors": vectors,
+        "merge": {**seed.combining(merge), **overrides},
         "recalibrate": _restoring(seed, mode, row.on, folder),
     }
+    if wanted.after and seed.place.study.distil is not None:
+        settings = seed.place.study.distil.model_dump(exclude_defaults=True, exclude={"loss"}, mode="json")
+        recipe["recalibrate"]["tune"] = {"loss": "ensemble", **settings}
+    if wanted.after == "calibrated":
+        recipe["recalibrate"]["temperature"] = "ensemble"
+    if wanted.after and "images" not in recipe["recalibrate"]:
+        recipe["recalibrate"] |= _images(seed, row.on, folder)
     file = folder / f"{slug(row.text)}.yaml"
     file.write_text(f"# Makes the network of the row '{row.text}' of seed {seed.number}.\n{note}{lock.dump(recipe)}")
     return file

@@ -92,7 +92,7 @@ class Restorer:
             network,
             self._pictures,
             some,
-            parameters=chosen.parameters,
+            parameters=chosen.trained,
             steps=chosen.steps,
             learning_rate=chosen.learning_rate,
         )

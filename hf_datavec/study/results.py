@@ -73,6 +73,8 @@ class Line:
         for one in some:
             scales.setdefault(one.method, []).append(one.scale)
         names = [f"{method} x {_span(found)}" for method, found in scales.items()]
+        if any(one.weights or one.overrides for one in some):
+            names = list(dict.fromkeys(one.text for one in some))
         modes = dict.fromkeys(one.mode for one in some)
         if names and self.text.startswith(names[0]):
             names = []  # only the mode was left open
@@ -176,7 +178,7 @@ def _row(line: Line) -> dict[str, Any]:
         "mean": {name: asdict(line.estimate(name)) for name in METRICS},
         "pooled_images": asdict(line.pooled),
         "differences": {name: asdict(one) for name, one in line.differences.items()},
-        **({"chosen": [one and asdict(one) for one in line.chosen]} if any(line.chosen) else {}),
+        **({"chosen": [one and one.as_dict() for one in line.chosen]} if any(line.chosen) else {}),
     }
 
 

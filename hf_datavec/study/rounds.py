@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_datavec import recalibrate
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.models import Network
+from hf_datavec.study.choosing import choose
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import slug
 from hf_datavec.study.restoring import Restorer
@@ -119,7 +120,7 @@ def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) 
 
 def fuse_and_restore(seed: Seed, vectors: list[Path], merge: Combining, mode: str, base: Path) -> Network:
     """The shared network after one round."""
-    plan = seed.plan(vectors, merge, base=base)
+    plan, mode = choose(seed, seed.plan(vectors, merge, base=base), mode)
     network = seed.merged(plan)
     sites = recalibrate.sharing(plan.base, plan.contributions, device=seed.place.device)
     Restorer(sites, seed.public, seed.place.study.public.count).apply(network, mode)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from hf_datavec import evaluate, models, probe, recalibrate
+from hf_datavec import agreement, distillation, evaluate, models, probe, recalibrate, temperature
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.finetune import cross_entropy
+from hf_datavec.pipeline import judging
+from hf_datavec.pipeline.judging import Judge
 from hf_datavec.plan import Plan
-from hf_datavec.recipe import AUTO
+from hf_datavec.recipe import AUTO, Override
 from hf_datavec.study import trivial
+from hf_datavec.study.choosing import Decided, choose, judge_of
 from hf_datavec.study.kept import Kept
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import POOLED
@@ -52,11 +55,27 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What stands in place of `auto` in one seed."""
+    """What stands in place of `auto` in one seed; `weights` are by site, where one site alone was chosen."""
 
     method: str
     scale: float
     mode: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        more = {"options": dict(self.options), "weights": dict(self.weights)}
+        return {"method": self.method, "scale": self.scale, "mode": self.mode, "text": self.text} | more
+
+    @property
+    def text(self) -> str:
+        """What tables and recipes call it."""
+        sites = [name for name, weight in self.weights.items() if weight]
+        options = "".join(f", {key} {one}" for key, one in self.options.items())
+        heads = f", heads by {self.overrides[0].method}" if self.overrides else ""
+        return f"{sites[0]} alone" if sites else f"{self.method} x {self.scale:.4g}{options}{heads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,7 @@ class Wanted:
     compute: Callable[[], Floats]
     more: str = ""
     merge: Combining | None = None
+    after: Literal["", "learned", "calibrated"] = ""  # what comes after the restoration
 
     @property
     def key(self) -> str:
@@ -123,6 +143,8 @@ class Measuring:
     ) -> models.Network:
         """The shared network, merged and restored; `on` names the public images."""
         plan = self.seed.plan(vectors or self.vectors(), merge, weights=weights, base=base)
+        found = self.decided(plan, mode, on)
+        plan, mode = found.plan, found.mode
         network = self.seed.merged(plan)
         if mode != "none":
             self.restorer(plan, on).apply(network, mode)
@@ -140,23 +162,67 @@ class Measuring:
     def _restorers(self) -> dict[tuple[object, ...], Restorer]:
         return {}
 
+    def decided(self, plan: Plan, mode: str, on: str = "") -> Decided:
+        """A plan and a mode with what the sites' networks agree best with in place of every `auto`."""
+        merge = plan.recipe.merge
+        names = tuple((one.name, one.weight) for one in plan.contributions)
+        key = (plan.base.folder, on, mode, merge.model_dump_json(), names)
+        if key not in self._decided:
+            judge = self.judge(plan, on) if AUTO in (merge.method, merge.scale, mode) else None
+            self._decided[key] = choose(self.seed, plan, mode, judge)
+        return self._decided[key]
+
+    def judge(self, plan: Plan, on: str = "") -> Judge:
+        """The ensemble of a plan's sites on some public images."""
+        key = (plan.base.folder, on, *(one.name for one in plan.contributions))
+        if key not in self._judges:
+            self._judges[key] = judge_of(self.seed, plan, on)
+        return self._judges[key]
+
+    @cached_property
+    def _decided(self) -> dict[tuple[object, ...], Decided]:
+        return {}
+
+    @cached_property
+    def _judges(self) -> dict[tuple[object, ...], Judge]:
+        return {}
+
     def chosen(self, merge: Combining, mode: str, on: str = "") -> Chosen | None:
         """What stands in place of `auto` in a merge of all sites and its restoration, if anything was left open."""
         if AUTO not in (merge.method, merge.scale, mode):
             return None
-        plan = self._plan(merge)
-        found = plan.recipe.merge
-        automatic = mode == AUTO and plan.base.has_statistics
-        return Chosen(found.method, found.factor, self.restorer(plan, on).automatic if automatic else mode)
+        found = self.decided(self.seed.plan(self.vectors(), merge), mode, on)
+        chosen = found.plan.recipe.merge
+        weights = {one.name: one.weight for one in found.plan.contributions} if found.alone else {}
+        return Chosen(chosen.method, chosen.factor, found.mode, chosen.options, weights, chosen.overrides)
 
-    def _plan(self, merge: Combining) -> Plan:
-        if merge.name not in self._plans:
-            self._plans[merge.name] = self.seed.plan(self.vectors(), merge)
-        return self._plans[merge.name]
+    def taught(self, merge: Combining, mode: str, on: str = "") -> Floats:
+        """The probabilities of `learned`."""
+        return self.predicted(self.learned(merge, mode, on))
 
-    @cached_property
-    def _plans(self) -> dict[str, Plan]:
-        return {}
+    def learned(self, merge: Combining, mode: str, on: str = "") -> models.Network:
+        """The shared network, merged, restored, and taught by the sites' networks as the study's `distil:` says."""
+        network, plan = self.network(merge, mode, on=on), self.seed.plan(self.vectors(), merge)
+        settings = self.seed.place.study.distil
+        if settings is not None:
+            settings = settings.model_copy(update={"loss": "ensemble"})
+            judge = self.judge(plan, on)
+            sites = judging.everyone(plan, self.seed.place.device)
+            distillation.learn(
+                network, judge.ensemble, judge.pictures, sites=sites, settings=settings, seed=self.seed.number
+            )
+        return network
+
+    def calibrated(self, merge: Combining, mode: str, on: str = "") -> Floats:
+        """The probabilities of `learned` at the temperature that suits the ensemble's on the public images."""
+        import numpy as np
+
+        network, judge = self.learned(merge, mode, on), self.judge(self.seed.plan(self.vectors(), merge), on)
+        public = agreement.log_softmax(recalibrate.outputs(network, judge.pictures))
+        found = temperature.fit_ensemble(public, judge.ensemble.probabilities)
+        logits = np.log(np.maximum(self.predicted(network), np.finfo(np.float64).tiny)) / float(f"{found:.4g}")
+        result: Floats = np.exp(agreement.log_softmax(logits))
+        return result
 
     def alone(self, vector: Path, mode: str, base: Path | None = None) -> Floats:
         """One trained network, with its own statistics or restored; it started as all do, or from a base of its own."""

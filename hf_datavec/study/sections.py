@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from hf_datavec.examples import Augment
 from hf_datavec.probe import TARGET
-from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text
+from hf_datavec.recipe import AUTO, Finite, ScaleValue, Section, Text, Tune
 
 Mode = Literal["none", "statistics", "moments", "relative", "repair", "tune", "auto"]
 Scanner = Literal["faint", "inverted", "blurred", "shaded"]
@@ -185,6 +185,9 @@ class Study(Section):
     budgets: Annotated[tuple[Literal["epochs", "steps", "rounds"], ...], Field(strict=False)] = ("epochs", "steps")
     # The control of trivial features: a random forest on colours, corners, black pixels and edges (extra `study`).
     trivial: bool = True
+    # After the first merge: the fused network learns from the sites' networks, as a recipe's `tune: {loss: ensemble}`;
+    # and, in a further row, its confidence is set to theirs, as a recipe's `temperature: ensemble`.
+    distil: Tune | None = None
     federated: Federated | None = None
     relay: Relay | None = None
     heads: Heads | None = None

@@ -1,0 +1,253 @@
+"""What `auto` tries: a short list of merges, each restored in some modes, and how each of them did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_datavec import variants
+from hf_datavec.agreement import Match
+from hf_datavec.checkpoint import Role
+from hf_datavec.choices import method_errors
+from hf_datavec.methods import all_methods
+from hf_datavec.plan import Plan
+from hf_datavec.recipe import AUTO, Merge, ScaleSearch
+
+# For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of
+# methods that are PER_SITE are divided by the number of sites.
+METHODS: tuple[tuple[str, float, Mapping[str, Any]], ...] = (
+    ("mean", 1.0, {}),
+    ("sum", 2.0, {}),
+    ("iso_c", 1.0, {}),
+    ("tsv", 1.0, {}),
+    ("ties", 1.0, {"density": 0.5}),
+    ("fedavg", 1.0, {}),
+)
+# For `scale: auto`: of methods whose result grows with the number of sites, and of all others.
+PER_SITE = ("sum", "task_arithmetic", "consensus", "random", "breadcrumbs", "dare_linear", "della_linear")
+SCALES_PER_SITE = (1.0, 1.5, 2.0, 3.0)
+SCALES = (0.5, 0.75, 1.0, 1.5)
+# For `mode: auto`; the second needs a site that shares its statistics.
+MODES = ("statistics", "relative")
+# Divergences that differ beyond these digits are equal: less is what another machine's roundings make.
+DIGITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to combine the vectors, and the modes in which the result is restored.
+
+    `site` is the place among the contributions of the one that alone counts. A candidate may stand for the base as it
+    is, with scale 0.
+    """
+
+    method: str
+    scale: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    modes: tuple[str, ...] = ("none",)
+    site: int | None = None
+
+    def named(self, names: Sequence[str]) -> str:
+        """What tables call it, for sites with these names."""
+        if self.site is not None:
+            return f"{names[self.site]} alone"
+        if not self.scale:
+            return "the base as it is"
+        return f"{self.method} x {self.scale:.4g}" + "".join(f", {key} {one}" for key, one in self.options.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate in one mode, and how it relates to the ensemble; a problem instead where it gives nothing finite."""
+
+    candidate: Candidate
+    mode: str
+    match: Match
+    problem: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be chosen."""
+        return math.isfinite(self.match.divergence)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Every candidate that was tried on which images, for sites with these names."""
+
+    images: str
+    digest: str
+    count: int
+    names: tuple[str, ...]
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the most support; of equals the one that diverges least, then the first."""
+        return min(self.trials, key=_rank)
+
+    @property
+    def mean(self) -> Match | None:
+        """How the plain mean does, in the mode that suits it best, if it was tried."""
+        found = [one.match for one in self.trials if one.candidate.method == "mean" and one.candidate.scale == 1]
+        return max(found, key=lambda match: match.support, default=None)
+
+    @property
+    def text(self) -> str:
+        """What was chosen and why, in one sentence."""
+        best, support = self.best, self.best.match.texts[0]
+        chosen, restored = best.candidate, "" if best.mode == "none" else f", restored by `{best.mode}`"
+        what = f"`{chosen.method}`, scale {chosen.scale:.4g}"
+        if chosen.site is not None or not chosen.scale:
+            what = chosen.named(self.names)
+        return (
+            f"`auto` chose {what}{restored}: of {len(self.trials)} candidates the ensemble of the sites' networks "
+            f"gives its answers the most probability ({support} %) on {self.count} public images."
+        )
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Candidate, mode, support, agreement and divergence of each trial, for tables; the best is marked."""
+        return [
+            (one.candidate.named(self.names), one.mode, *_shown(one), "chosen" if one is self.best else "")
+            for one in self.trials
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        return {
+            "images": self.images,
+            "digest": self.digest,
+            "count": self.count,
+            "found": _plain(self.best, self.names),
+            "candidates": [_plain(one, self.names) for one in self.trials],
+        }
+
+
+def _rank(trial: Trial) -> tuple[float, float]:
+    if not trial.usable:
+        return math.inf, math.inf
+    return -round(trial.match.support, DIGITS), round(trial.match.divergence, DIGITS)
+
+
+def _shown(trial: Trial) -> tuple[str, str, str]:
+    return (trial.problem, "", "") if trial.problem else trial.match.texts
+
+
+def _plain(trial: Trial, names: Sequence[str]) -> dict[str, Any]:
+    one = trial.candidate
+    return {
+        "method": one.method,
+        "scale": one.scale,
+        **({"options": dict(one.options)} if one.options else {}),
+        **({"site": names[one.site]} if one.site is not None else {}),
+        "mode": trial.mode,
+        **trial.match.as_dict(),
+        **({"problem": trial.problem} if trial.problem else {}),
+    }
+
+
+def wanted(plan: Plan) -> bool:
+    """Whether a plan leaves its method, scale or mode to the agreement with the sites' networks."""
+    return plan.is_judged and (plan.recipe.merge.automatic or _mode(plan) == AUTO)
+
+
+def of(plan: Plan) -> tuple[Candidate, ...]:
+    """The candidates for what a plan leaves open, in their order."""
+    merge = plan.recipe.merge
+    if merge.method == AUTO:
+        found = [*_methods(plan), *_sites(plan), *_bases(plan)]
+    else:
+        scales = _scales(merge, len(plan.contributions)) if merge.scale == AUTO else (_settled(merge),)
+        found = [Candidate(merge.method, scale, merge.options, modes(plan)) for scale in scales]
+    return tuple(found)
+
+
+def modes(plan: Plan) -> tuple[str, ...]:
+    """The modes in which candidates are restored: the recipe's, or those that `auto` tries."""
+    if not plan.base.has_statistics:
+        return ("none",)
+    mode = _mode(plan)
+    shared = any(one.has_statistics for one in plan.contributions)
+    return (mode,) if mode != AUTO else MODES if shared else MODES[:1]
+
+
+def _mode(plan: Plan) -> str:
+    return plan.recipe.recalibrate.mode if plan.recipe.recalibrate else "none"
+
+
+def _methods(plan: Plan) -> Iterator[Candidate]:
+    """The methods of the list that can merge these sites; of a single site only its vector as it is."""
+    sites = [(one.name, one.weight) for one in plan.contributions]
+    if len(sites) == 1:
+        yield Candidate("sum", 1.0, {}, modes(plan))
+        return
+    for name, scale, options in METHODS:
+        counted = not all_methods()[name].needs_counts or all(one.examples for one in plan.contributions)
+        if counted and not list(method_errors(Merge(method=name, options=dict(options)), sites)):
+            yield Candidate(name, scale / (len(sites) if name in PER_SITE else 1), options, modes(plan))
+
+
+def _sites(plan: Plan) -> Iterator[Candidate]:
+    """Each site alone, if it knows all labels; with its own statistics where they are at hand."""
+    everyone = all(one.has_statistics for one in plan.contributions)
+    for place, one in enumerate(plan.contributions if len(plan.contributions) > 1 else ()):
+        if set(one.labels) < set(plan.labels):
+            continue
+        found = modes(plan)
+        if _mode(plan) == AUTO and plan.base.has_statistics:
+            # What merging changed is nothing here, so that `relative` gives a site's own statistics as well.
+            own = ("moments",) if everyone else ("relative",) if one.has_statistics else ()
+            found = (*own, "statistics")
+        yield Candidate("linear", 1.0, {}, found, place)
+
+
+def _bases(plan: Plan) -> Iterator[Candidate]:
+    """The base as it is, if it has learned all labels; a head of zeros has learned none."""
+    if plan.base_fetched.hollow or not set(plan.labels) <= set(plan.base.labels):
+        return
+    if any(bool((plan.base.tensors.read(name) != 0).any()) for name in plan.base.named(Role.HEAD)):
+        yield Candidate("sum", 0.0, {}, modes(plan)[:1])
+
+
+def _scales(merge: Merge, sites: int) -> tuple[float, ...]:
+    summed = merge.method in PER_SITE or merge.options.get("normalize") is False
+    if not summed or sites == 1 or merge.options.get("normalize"):
+        return SCALES
+    return tuple(sorted({*(scale / sites for scale in SCALES_PER_SITE), 1.0}))
+
+
+def _settled(merge: Merge) -> float:
+    """The recipe's scale; of a search's values the one in the middle, since the mode is chosen before the search."""
+    if isinstance(merge.scale, ScaleSearch):
+        return sorted(merge.scale.search)[len(merge.scale.search) // 2]
+    return merge.factor
+
+
+def resolved(plan: Plan, candidate: Candidate, mode: str) -> Plan:
+    """The plan with what was chosen in place of `auto`; what a labelled search is to find stays open."""
+    searching = isinstance(plan.recipe.merge.scale, ScaleSearch)
+    return with_mode(plan, mode) if searching else planned(plan, candidate, mode)
+
+
+def planned(plan: Plan, candidate: Candidate, mode: str) -> Plan:
+    """The plan of a candidate in a mode."""
+    update: dict[str, Any] = {"method": candidate.method, "options": dict(candidate.options), "scale": candidate.scale}
+    found = variants.with_merge(plan, plan.recipe.merge.model_copy(update=update))
+    if candidate.site is not None:
+        weights = {one.name: float(place == candidate.site) for place, one in enumerate(plan.contributions)}
+        found = variants.weighted(found, weights)
+    elif plan.recipe.merge.method == AUTO and all_methods()[candidate.method].needs_counts:
+        found = variants.counted(found)
+    return with_mode(found, mode)
+
+
+def with_mode(plan: Plan, mode: str) -> Plan:
+    """The same plan with a mode in place of `auto`."""
+    restore = plan.recipe.recalibrate
+    if restore is None or restore.mode != AUTO or not plan.base.has_statistics:
+        return plan
+    recipe = plan.recipe.model_copy(update={"recalibrate": restore.model_copy(update={"mode": mode})})
+    return replace(plan, recipe=recipe)
