@@ -15,7 +15,7 @@ from networks import make_images, make_network, make_vector, save_with, tune, wr
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from hf_datavec import automatic, candidates, models
+from hf_datavec import automatic, candidates, models, offloading
 from hf_datavec.agreement import BROKEN, Match
 from hf_datavec.candidates import Candidate, Trial, Verdict
 from hf_datavec.geometry import Geometry
@@ -351,3 +351,16 @@ def test_an_interrupted_push_is_gone_on_with_after_a_choice(agreeing, run):
     assert outcome.code == 0, outcome.err
     assert "only the push is missing" in outcome.err
     assert (agreeing / "pushed" / "search.json").is_file()
+
+
+def test_auto_chooses_alike_for_a_network_larger_than_its_memory(agreeing, run, monkeypatch):
+    recipe = by_agreement(agreeing, merge={"scale": "auto"})
+    expected = json.loads(run("merge", recipe, "-o", "whole", "--json").out)["choice"]
+    size = (agreeing / "base" / "model.safetensors").stat().st_size
+    monkeypatch.setenv(offloading.LIMIT, f"{size // 2000}KB")
+    outcome = run("merge", recipe, "-o", "parts", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)["choice"]
+    pairs = list(zip(found["candidates"], expected["candidates"], strict=True))
+    assert all(one["divergence"] == pytest.approx(other["divergence"], abs=1e-5) for one, other in pairs)
+    assert found["found"]["scale"] == expected["found"]["scale"]

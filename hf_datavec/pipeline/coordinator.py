@@ -140,10 +140,10 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
     output, place = where
     describing = partial(import_ahead, *DESCRIBING)
     gram, recipe = Gram(), prepared.recipe
-    judge, verdict = _judge(prepared.plan, images, place), None
-    distilling.refuse(prepared.plan, judge)
     # Before anything is written, unless the mode is what has to be found.
     chosen = None if candidates.wanted(prepared.plan) else _decide(prepared.plan, images, place)
+    judge, verdict = _judge(prepared.plan, images, place), None
+    distilling.refuse(prepared.plan, judge)
     with _staged(output) as folder:
         processes.on_main(
             lambda: study_base.copy_description(prepared.plan.base, folder, prepared.plan.labels, dtype=recipe.dtype)
