@@ -13,7 +13,8 @@ from pathlib import Path
 from hf_datavec import recalibrate
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.models import Network
-from hf_datavec.study.choosing import choose
+from hf_datavec.recipe import AUTO
+from hf_datavec.study.choosing import choose, judge_of
 from hf_datavec.study.networks import Seed
 from hf_datavec.study.partition import slug
 from hf_datavec.study.restoring import Restorer
@@ -120,7 +121,10 @@ def _merged_heads(seed: Seed, name: str, heads: Heads, base: Path, place: Path) 
 
 def fuse_and_restore(seed: Seed, vectors: list[Path], merge: Combining, mode: str, base: Path) -> Network:
     """The shared network after one round."""
-    plan, mode = choose(seed, seed.plan(vectors, merge, base=base), mode)
+    plan = seed.plan(vectors, merge, base=base)
+    judge = judge_of(seed, plan) if AUTO in (merge.method, merge.scale, mode) else None
+    decided = choose(seed, plan, mode, judge)
+    plan, mode = decided.plan, decided.mode
     network = seed.merged(plan)
     sites = recalibrate.sharing(plan.base, plan.contributions, device=seed.place.device)
     Restorer(sites, seed.public, seed.place.study.public.count).apply(network, mode)
