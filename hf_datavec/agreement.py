@@ -217,6 +217,19 @@ def log_softmax_of_known(values: Floats) -> Floats:
     return np.where(np.isnan(found), -np.inf, found)
 
 
+def skew(counts: Floats) -> float:
+    """How much the sites' mixes of classes differ, from 0 (all alike) to nearly 1 (no class at two sites).
+
+    The mean over images of the total variation between a site's mix and that of all sites, of `counts` (sites, k).
+    """
+    import numpy as np
+
+    images = counts.sum(axis=1)
+    own = counts / np.where(images > 0, images, 1.0)[:, None]
+    each = np.abs(own - counts.sum(axis=0) / images.sum()).sum(axis=1) / 2
+    return float((images * each).sum() / images.sum())
+
+
 def match(teacher: Floats, student: Floats) -> Match:
     """Divergence and agreement of a student's logits with a teacher's logarithms of probabilities.
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_datavec import variants
+from hf_datavec import pooled_heads, variants
 from hf_datavec.agreement import Match
 from hf_datavec.checkpoint import Role
 from hf_datavec.choices import method_errors
 from hf_datavec.methods import all_methods
 from hf_datavec.plan import Plan
-from hf_datavec.recipe import AUTO, Merge, ScaleSearch
+from hf_datavec.recipe import AUTO, Merge, Override, ScaleSearch
 
 # For `method: auto`: method, scale and options; what is added here is tried. Of equals the first is taken. Scales of
 # methods that are PER_SITE are divided by the number of sites.
@@ -29,6 +30,8 @@ METHODS: tuple[tuple[str, float, Mapping[str, Any]], ...] = (
 PER_SITE = ("sum", "task_arithmetic", "consensus", "random", "breadcrumbs", "dare_linear", "della_linear")
 SCALES_PER_SITE = (1.0, 1.5, 2.0, 3.0)
 SCALES = (0.5, 0.75, 1.0, 1.5)
+# What makes the head of the sites' sums of features.
+POOLED_HEAD = "ridge_head"
 # For `mode: auto`; the second needs a site that shares its statistics.
 MODES = ("statistics", "relative")
 # Divergences that differ beyond these digits are equal: less is what another machine's roundings make.
@@ -40,7 +43,7 @@ class Candidate:
     """One way to combine the vectors, and the modes in which the result is restored.
 
     `site` is the place among the contributions of the one that alone counts. A candidate may stand for the base as it
-    is, with scale 0.
+    is, with scale 0, or with the head that the sites' sums of features give.
     """
 
     method: str
@@ -48,11 +51,14 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
     modes: tuple[str, ...] = ("none",)
     site: int | None = None
+    head: bool = False
 
     def named(self, names: Sequence[str]) -> str:
         """What tables call it, for sites with these names."""
         if self.site is not None:
             return f"{names[self.site]} alone"
+        if self.head:
+            return "the base with a pooled head"
         if not self.scale:
             return "the base as it is"
         return f"{self.method} x {self.scale:.4g}" + "".join(f", {key} {one}" for key, one in self.options.items())
@@ -100,7 +106,7 @@ class Verdict:
         best, support = self.best, self.best.match.texts[0]
         chosen, restored = best.candidate, "" if best.mode == "none" else f", restored by `{best.mode}`"
         what = f"`{chosen.method}`, scale {chosen.scale:.4g}"
-        if chosen.site is not None or not chosen.scale:
+        if chosen.site is not None or chosen.head or not chosen.scale:
             what = chosen.named(self.names)
         return (
             f"`auto` chose {what}{restored}: of {len(self.trials)} candidates the ensemble of the sites' networks "
@@ -143,6 +149,7 @@ def _plain(trial: Trial, names: Sequence[str]) -> dict[str, Any]:
         "scale": one.scale,
         **({"options": dict(one.options)} if one.options else {}),
         **({"site": names[one.site]} if one.site is not None else {}),
+        **({"head": "pooled"} if one.head else {}),
         "mode": trial.mode,
         **trial.match.as_dict(),
         **({"problem": trial.problem} if trial.problem else {}),
@@ -158,7 +165,7 @@ def of(plan: Plan) -> tuple[Candidate, ...]:
     """The candidates for what a plan leaves open, in their order."""
     merge = plan.recipe.merge
     if merge.method == AUTO:
-        found = [*_methods(plan), *_sites(plan), *_bases(plan)]
+        found = [*_methods(plan), *_sites(plan), *_heads(plan), *_bases(plan)]
     else:
         scales = _scales(merge, len(plan.contributions)) if merge.scale == AUTO else (_settled(merge),)
         found = [Candidate(merge.method, scale, merge.options, modes(plan)) for scale in scales]
@@ -204,12 +211,23 @@ def _sites(plan: Plan) -> Iterator[Candidate]:
         yield Candidate("linear", 1.0, {}, found, place)
 
 
+def _heads(plan: Plan) -> Iterator[Candidate]:
+    """The base with the head of all sites' images, where all share sums of features; no layer below it has moved."""
+    if pooled_heads.possible(plan):
+        yield Candidate("sum", 0.0, {}, _unmoved(plan), head=True)
+
+
+def _unmoved(plan: Plan) -> tuple[str, ...]:
+    """The modes for a base of which nothing but the head has moved: its own statistics fit, if the recipe lets them."""
+    return ("none",) if _mode(plan) == AUTO else modes(plan)[:1]
+
+
 def _bases(plan: Plan) -> Iterator[Candidate]:
     """The base as it is, if it has learned all labels; a head of zeros has learned none."""
     if plan.base_fetched.hollow or not set(plan.labels) <= set(plan.base.labels):
         return
     if any(bool((plan.base.tensors.read(name) != 0).any()) for name in plan.base.named(Role.HEAD)):
-        yield Candidate("sum", 0.0, {}, modes(plan)[:1])
+        yield Candidate("sum", 0.0, {}, _unmoved(plan))
 
 
 def _scales(merge: Merge, sites: int) -> tuple[float, ...]:
@@ -235,6 +253,10 @@ def resolved(plan: Plan, candidate: Candidate, mode: str) -> Plan:
 def planned(plan: Plan, candidate: Candidate, mode: str) -> Plan:
     """The plan of a candidate in a mode."""
     update: dict[str, Any] = {"method": candidate.method, "options": dict(candidate.options), "scale": candidate.scale}
+    if candidate.head:
+        names = "|".join(re.escape(name) for name in plan.base.named(Role.HEAD))
+        override = Override(tensors=names, method=POOLED_HEAD, scale=1.0)
+        update["overrides"] = (override, *plan.recipe.merge.overrides)
     found = variants.with_merge(plan, plan.recipe.merge.model_copy(update=update))
     if candidate.site is not None:
         weights = {one.name: float(place == candidate.site) for place, one in enumerate(plan.contributions)}

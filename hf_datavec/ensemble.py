@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import agreement, recalibrate
+from hf_datavec import agreement, recalibrate, temperature
 from hf_datavec.agreement import Match
 from hf_datavec.models import Network
 from hf_datavec.plan import Contribution
@@ -45,6 +45,8 @@ class Ensemble:
     names: tuple[str, ...]
     log_probabilities: Floats
     counts: Floats | None = None
+    # The logits (n, k) of a head of all sites' images on the untouched base, where all sites share sums of features.
+    head: Floats | None = None
 
     @property
     def count(self) -> int:
@@ -66,7 +68,7 @@ class Ensemble:
         """
         if self.is_silent:
             raise ValueError("no network of the ensemble gives finite answers")
-        return agreement.pooled(self._in_one_mix)
+        return self._with_head(agreement.pooled(self._in_one_mix))
 
     def taught(self, kind: str) -> Floats:
         """The logarithms of the probabilities (n, k) that a student learns, by a kind of `agreement.taught`.
@@ -75,7 +77,7 @@ class Ensemble:
         """
         if self.is_silent:
             raise ValueError("no network of the ensemble gives finite answers")
-        return agreement.taught(kind, self._in_one_mix)
+        return self._with_head(agreement.taught(kind, self._in_one_mix))
 
     @property
     def probabilities(self) -> Floats:
@@ -84,6 +86,21 @@ class Ensemble:
 
         found: Floats = np.exp(self.teacher)
         return found
+
+    def _with_head(self, answers: Floats) -> Floats:
+        """Logarithms of probabilities (n, k) in which the head has a say, if there is one.
+
+        Its share is `agreement.skew`: a site knows little of classes that it hardly has, while the head follows from
+        all images, whoever has them. It is made as sure as the sites' networks are first.
+        """
+        import numpy as np
+
+        if self.head is None or self.counts is None:
+            return answers
+        share = agreement.skew(self.counts)
+        alone = agreement.log_softmax(self.head)
+        alone = agreement.log_softmax(alone / temperature.fit_ensemble(alone, np.exp(answers)))
+        return agreement.log_softmax((1 - share) * answers + share * alone)
 
     @property
     def _in_one_mix(self) -> Floats:
@@ -142,13 +159,20 @@ def held(pictures: Pictures) -> Pictures:
 
 
 def declared(sites: Sequence[Contribution], labels: Sequence[str]) -> Floats | None:
-    """How many images of each label (sites, k) the sites declare; None where one declares none."""
+    """How many images of each label (sites, k) the sites declare, or share sums of; None where one does neither."""
     import numpy as np
 
-    counts = [one.source.manifest.examples if isinstance(one.source, TaskVector) else None for one in sites]
+    counts = [_counts(one.source) if isinstance(one.source, TaskVector) else None for one in sites]
     if not all(counts):
         return None
     return np.array([[float((one or {}).get(label, 0)) for label in labels] for one in counts])
+
+
+def _counts(vector: TaskVector) -> Mapping[str, float] | None:
+    if vector.manifest.examples or "features" not in vector.beside.entries:
+        return vector.manifest.examples
+    sums = vector.beside.feature_sums(vector.labels)
+    return dict(zip(sums.labels, sums.counts.tolist(), strict=True))
 
 
 def of(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError, listed
-from hf_datavec.linear_head import PENALTIES, FeatureSums, pooled_head
+from hf_datavec.linear_head import PENALTIES, FeatureSums, Head, pooled_head
 from hf_datavec.plan import Plan, Step
 from hf_datavec.vector import TaskVector, rows_by_label
 
@@ -58,6 +58,23 @@ def pooled(plan: Plan) -> PooledHead | None:
         made = head.weights if len(step.record.shape) == 2 else head.bias
         differences[step.name] = torch.from_numpy(made.copy()) - base
     return PooledHead(first.method.name, differences, head.penalty, head.errors)
+
+
+def of_all(plan: Plan) -> Head:
+    """The head that the sums of all sites give, for the plan's labels.
+
+    Raises: InputError for sums that are not finite.
+    """
+    return pooled_head([sums.aligned(plan.labels) for sums in _sums(plan)])
+
+
+def possible(plan: Plan) -> bool:
+    """Whether every site shares sums of features, and the base has a head that can be made of them."""
+    shapes = sorted(len(plan.base.records[name].shape) for name in plan.base.named(Role.HEAD))
+    shared = (
+        isinstance(one.source, TaskVector) and "features" in one.source.beside.entries for one in plan.contributions
+    )
+    return shapes == [1, 2] and not plan.base_fetched.hollow and all(shared)
 
 
 def _sums(plan: Plan) -> Iterator[FeatureSums]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_datavec import models
@@ -126,20 +127,40 @@ def linear_head(network: models.Network, base: Checkpoint) -> Any:
     return found
 
 
+def features(
+    network: models.Network, base: Checkpoint, load: Callable[[Sequence[int]], torch.Tensor], count: int
+) -> torch.Tensor:
+    """What the head sees of `count` preprocessed pictures, shape (count, features). Raises: InputError as `fit`."""
+    import torch
+
+    return torch.cat(list(_seen(network, linear_head(network, base), load, count, text="features")))
+
+
 def _inputs(
     network: models.Network, head: Any, images: ImageSet, *, text: str = "linear probe"
 ) -> Iterator[torch.Tensor]:
     """What the head sees of the images, batch by batch, shape (b, features)."""
+    return _seen(network, head, partial(images.tensors, network.preprocess), len(images), text=text)
+
+
+def _seen(
+    network: models.Network,
+    head: Any,
+    load: Callable[[Sequence[int]], torch.Tensor],
+    count: int,
+    *,
+    text: str,
+) -> Iterator[torch.Tensor]:
     import torch
 
     seen: list[torch.Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     network.module.eval()
     try:
-        starts = range(0, len(images), BATCH)
+        starts = range(0, count, BATCH)
         for start in progress(starts, text=text, total=len(starts), unit="batch"):
             with torch.no_grad():
-                network.logits(images.tensors(network.preprocess, _some(len(images), start)))
+                network.logits(load(_some(count, start)))
             yield seen.pop().detach()
     finally:
         handle.remove()

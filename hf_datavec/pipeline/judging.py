@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_datavec import ensemble, models, processes, recalibrate
+from hf_datavec import ensemble, models, pooled_heads, probe, processes, recalibrate
 from hf_datavec.agreement import Agreement, Match
 from hf_datavec.ensemble import Ensemble
 from hf_datavec.images import ImageSet
@@ -74,7 +74,7 @@ def judge(plan: Plan, images: ImageSet, device: str) -> Judge | None:
     assert wanted is not None  # it names the images
     sites = everyone(plan, device)
     shown = restoring.calibration_pictures(sites, images, wanted)
-    return of_pictures(sites, plan.labels, shown, (images.fetched.reference.identity, images.digest))
+    return of_pictures(plan, sites, shown, (images.fetched.reference.identity, images.digest))
 
 
 def everyone(plan: Plan, device: str) -> Sites:
@@ -82,17 +82,26 @@ def everyone(plan: Plan, device: str) -> Sites:
     return Sites(plan.base, plan.contributions, any(one.has_statistics for one in plan.contributions), device)
 
 
-def of_pictures(
-    sites: Sites, labels: tuple[str, ...], shown: Pictures, images: tuple[str, str] = ("", "")
-) -> Judge | None:
-    """The same on pictures that are at hand, for all sites and the labels of the fused network; `images` are what
-    results call the pictures, and their digest."""
+def of_pictures(plan: Plan, sites: Sites, shown: Pictures, images: tuple[str, str] = ("", "")) -> Judge | None:
+    """The same on pictures that are at hand, for all sites; `images` are what results call the pictures, and their
+    digest."""
     seen, some = list[Any](), ensemble.held(shown)
-    found = ensemble.of(sites, labels, some, kept=seen)
+    found = ensemble.of(sites, plan.labels, some, kept=seen)
+    if pooled_heads.possible(plan):
+        found = replace(found, head=processes.on_main(lambda: _head(plan, sites, some)))
     if found.is_silent:
         log.warning("warning: no site's network gives finite answers, so nothing tells how good the fused one is")
         return None
     return Judge(found, some, *images, dict(seen), some.count == shown.count)
+
+
+def _head(plan: Plan, sites: Sites, pictures: Pictures) -> Floats:
+    """The logits (n, k) of the head that the sites' sums of features give, on the untouched base."""
+    network = models.load(plan.base.folder, device=sites.device)
+    features = probe.features(network, plan.base, pictures.load, pictures.count)
+    head = pooled_heads.of_all(plan)
+    result: Floats = features.cpu().double().numpy() @ head.weights.T + head.bias
+    return result
 
 
 def held_against(judge: Judge | None, folder: Path, device: str, *, mean: Match | None = None) -> Agreement | None:

@@ -45,7 +45,7 @@ def judge_of(seed: Seed, plan: Plan, on: str = "") -> Judge:
     """
     sites = judging.everyone(plan, seed.place.device)
     shown = pictures(seed.shown(on), models.preprocess(plan.base), seed.most(on))
-    judge = judging.of_pictures(sites, plan.labels, shown)
+    judge = judging.of_pictures(plan, sites, shown)
     if judge is None:
         raise RunError("`auto` cannot choose: no site's network gives finite answers on the public images")
     return judge

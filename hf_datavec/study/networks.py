@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_datavec import fuse, models
+from hf_datavec import fuse, models, probe, second_moments
+from hf_datavec import manifest as manifests
 from hf_datavec.checkpoint import Checkpoint, open_checkpoint
 from hf_datavec.finetune import Settings
 from hf_datavec.images import ImageSet
@@ -167,7 +168,25 @@ class Seed:
 
     def site_vectors(self) -> list[Path]:
         """The sites' vectors in the order of the sites."""
-        return [self.vector(name, name, self.settings()) for name in self.sites]
+        found = [self.vector(name, name, self.settings()) for name in self.sites]
+        if self.place.study.features:
+            for name, vector in zip(self.sites, found, strict=True):
+                self._share_features(name, vector)
+        return found
+
+    def _share_features(self, name: str, vector: Path) -> None:
+        """Put the sums of the base's features over a site's images beside its vector, if they are not there yet."""
+        manifest = manifests.read(vector)
+        if "features" in (manifest.second_moments or {}):
+            return
+        base, images = open_checkpoint(self.base), self.images(name)
+        network = models.load(self.base, device=self.place.device)
+        values = probe.feature_sums(network, base, images, manifest.labels)
+        beside = {
+            **(manifest.second_moments or {}),
+            "features": second_moments.write(vector, "features", values, len(images)),
+        }
+        manifest.model_copy(update={"second_moments": beside}).sealed().write(vector)
 
     def plan(
         self, vectors: Sequence[Path], merge: Combining, *, base: Path | None = None, weights: Sequence[float] = ()

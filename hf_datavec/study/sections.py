@@ -188,6 +188,9 @@ class Study(Section):
     # After the first merge: the fused network learns from the sites' networks, as a recipe's `tune: {loss: ensemble}`;
     # and, in a further row, its confidence is set to theirs, as a recipe's `temperature: ensemble`.
     distil: Tune | None = None
+
+    # Sites also share sums of the base's features, so that `auto` may take the head that all their images give.
+    features: bool = False
     federated: Federated | None = None
     relay: Relay | None = None
     heads: Heads | None = None
