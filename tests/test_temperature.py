@@ -216,10 +216,11 @@ def test_the_ensemble_of_the_sites_is_the_teacher_where_there_are_no_labels(stud
     plain = merged(study, run, "plain", images="./flat")
     scaled = merged(study, run, "scaled", images="./flat", temperature="ensemble")
     assert plain["temperature"] is None
-    # The vectors leave the sites' statistics out, so their networks run with those of the base.
+    # The vectors leave the sites' statistics out, so their networks run with those of the public images.
+    restoring = {"images": "./flat", "mode": "statistics", "tolerance": 0}
     for name in ("site-a", "site-b"):
-        merge = write_recipe(study / f"{name}.yaml", base="./base", vectors=[f"./{name}"], output=f"./alone-{name}")
-        assert run("merge", merge).code == 0
+        sections = {"base": "./base", "vectors": [f"./{name}"], "output": f"./alone-{name}", "recalibrate": restoring}
+        assert run("merge", write_recipe(study / f"{name}.yaml", **sections)).code == 0
     sites = [log_probabilities(study / f"alone-{name}", study / "flat") for name in ("site-a", "site-b")]
     expected = fit_ensemble(log_probabilities(study / "plain", study / "flat"), softmax(sum(sites) / 2))
     assert scaled["temperature"] == pytest.approx(expected, rel=1e-3)
