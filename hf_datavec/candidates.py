@@ -88,6 +88,8 @@ class Verdict:
     count: int
     names: tuple[str, ...]
     trials: tuple[Trial, ...]
+    # How far the images are from the sites', where they are of another kind.
+    foreign: float | None = None
 
     @property
     def best(self) -> Trial:
@@ -108,6 +110,11 @@ class Verdict:
         what = f"`{chosen.method}`, scale {chosen.scale:.4g}"
         if chosen.site is not None or chosen.head or not chosen.scale:
             what = chosen.named(self.names)
+        if self.foreign is not None:
+            return (
+                f"`auto` chose {what}{restored}: the public images are of another kind than the sites' (divergence "
+                f"{self.foreign:.2g}), so the sites' networks are no judge there."
+            )
         return (
             f"`auto` chose {what}{restored}: of {len(self.trials)} candidates the ensemble of the sites' networks "
             f"gives its answers the most probability ({support} %) on {self.count} public images."
@@ -127,6 +134,7 @@ class Verdict:
             "images": self.images,
             "digest": self.digest,
             "count": self.count,
+            **({"foreign": self.foreign} if self.foreign is not None else {}),
             "found": _plain(self.best, self.names),
             "candidates": [_plain(one, self.names) for one in self.trials],
         }
@@ -170,6 +178,22 @@ def of(plan: Plan) -> tuple[Candidate, ...]:
         scales = _scales(merge, len(plan.contributions)) if merge.scale == AUTO else (_settled(merge),)
         found = [Candidate(merge.method, scale, merge.options, modes(plan)) for scale in scales]
     return tuple(found)
+
+
+def abroad(plan: Plan) -> tuple[Candidate, ...]:
+    """The only candidate for what a plan leaves open where public images are of another kind than the sites'.
+
+    There the sites' networks are no judge; what was best with `relative` on such images is taken.
+    """
+    merge, count = plan.recipe.merge, len(plan.contributions)
+    found = ("relative",) if _mode(plan) == AUTO else modes(plan)
+    if merge.method != AUTO:
+        per_site = merge.method in PER_SITE and not merge.options.get("normalize")
+        scale = (2 / count if per_site else 1.0) if merge.scale == AUTO else _settled(merge)
+        return (Candidate(merge.method, scale, merge.options, found),)
+    if pooled_heads.possible(plan):
+        return tuple(_heads(plan))
+    return (Candidate("sum", min(1.0, 2 / count), {}, found),)
 
 
 def modes(plan: Plan) -> tuple[str, ...]:

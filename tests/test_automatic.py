@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from networks import make_images, make_network, make_vector, save_with, tune, wr
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from hf_datavec import automatic, candidates, models, offloading
+from hf_datavec import agreement, automatic, candidates, models, offloading
 from hf_datavec.agreement import BROKEN, Match
 from hf_datavec.candidates import Candidate, Trial, Verdict
 from hf_datavec.geometry import Geometry
@@ -23,8 +24,11 @@ from hf_datavec.hub import parse as parse_reference
 from hf_datavec.images import open_images
 from hf_datavec.located import parse
 from hf_datavec.pipeline import coordinator, judging
+from hf_datavec.pipeline import site as site_steps
+from hf_datavec.pipeline.observing import Observed
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.recipe import check
+from hf_datavec.temperature import fit_ensemble
 
 
 def geometry_of(vectors: np.ndarray) -> Geometry:
@@ -38,26 +42,17 @@ def geometry_of(vectors: np.ndarray) -> Geometry:
 def test_the_scaled_sum_has_the_length_that_the_rule_wants(seed, count, shared):
     random = np.random.default_rng(seed)
     vectors = random.normal(size=(count, 400)) + shared * random.normal(size=400)
-    found = automatic.choose(geometry_of(vectors), "sum")
+    found = automatic.scale_of(geometry_of(vectors), "sum")
     length = np.linalg.norm(found.scale * vectors.sum(0))
     typical = math.sqrt(float((vectors**2).sum()) / count)
     assert length == pytest.approx(1.2 * typical, rel=1e-3)
-    mean = automatic.choose(geometry_of(vectors), "mean")
+    mean = automatic.scale_of(geometry_of(vectors), "mean")
     assert np.allclose(mean.scale * vectors.mean(0), found.scale * vectors.sum(0))
-
-
-def test_vectors_that_share_a_direction_are_summed_and_others_go_through_their_spectrum():
-    random = np.random.default_rng(0)
-    apart, shared = random.normal(size=(4, 4000)), random.normal(size=4000)
-    assert automatic.choose(geometry_of(apart), "auto").method == "iso_c"
-    assert automatic.choose(geometry_of(apart + 0.5 * shared), "auto").method == "sum"
-    alone = automatic.choose(geometry_of(apart[:1]), "auto")
-    assert (alone.method, alone.scale) == ("sum", 1.0)
 
 
 def test_vectors_that_cancel_out_are_not_blown_up():
     one = np.random.default_rng(0).normal(size=50)
-    assert automatic.choose(geometry_of(np.stack([one, -one])), "sum").scale <= 1.0
+    assert automatic.scale_of(geometry_of(np.stack([one, -one])), "sum").scale <= 1.0
 
 
 def test_a_site_with_most_of_the_images_is_weighed_by_them():
@@ -143,8 +138,12 @@ def test_what_auto_cannot_do_is_told(merge, said):
 
 
 @pytest.fixture
-def agreeing(tmp_path):
-    """Three sites of which one shares no statistics, and unlabelled images; recipes are written by `by_agreement`."""
+def agreeing(tmp_path, monkeypatch):
+    """Three sites of which one shares no statistics, and unlabelled images; recipes are written by `by_agreement`.
+
+    The images count as those of the sites, whose statistics are made up.
+    """
+    monkeypatch.setattr("hf_datavec.recalibrate.domain.FOREIGN", math.inf)
     base = make_network("test_resnet", tmp_path / "base")
     make_images(tmp_path / "images", each=6)
     for number, site in enumerate("abc", start=1):
@@ -364,3 +363,78 @@ def test_auto_chooses_alike_for_a_network_larger_than_its_memory(agreeing, run, 
     pairs = list(zip(found["candidates"], expected["candidates"], strict=True))
     assert all(one["divergence"] == pytest.approx(other["divergence"], abs=1e-5) for one, other in pairs)
     assert found["found"]["scale"] == expected["found"]["scale"]
+
+
+def test_without_public_images_auto_takes_one_method_whatever_the_vectors(study, run):
+    write_recipe(study / "recipe.yaml", base="./base", vectors=["./site-a", "./site-b"], merge={"method": "auto"})
+    outcome = run("merge", "recipe.yaml", "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert (found["method"], found["scale"]) == ("tsv", 1.0)
+    write_recipe(study / "plain.yaml", base="./base", vectors=["./site-a", "./site-b"], merge={"method": "tsv"})
+    assert run("merge", "plain.yaml", "-o", "plain").code == 0
+    same = [(study / place / "model.safetensors").read_bytes() for place in ("fused", "plain")]
+    assert same[0] == same[1]
+
+
+def test_on_images_of_another_kind_the_sites_networks_do_not_judge(agreeing, run, monkeypatch):
+    monkeypatch.setattr("hf_datavec.recalibrate.domain.FOREIGN", 1e-9)
+    outcome = run("merge", by_agreement(agreeing), "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    choice = json.loads(outcome.out)["choice"]
+    assert [(one["method"], one["mode"]) for one in choice["candidates"]] == [("sum", "relative")]
+    assert choice["found"]["scale"] == pytest.approx(2 / 3)
+    assert choice["foreign"] > 0
+    assert "the public images are of another kind than the sites'" in (agreeing / "fused" / "README.md").read_text()
+    again = run("merge", "fused/recipe.lock.yaml", "-o", "again")
+    assert again.code == 0, again.err
+    same = [(agreeing / place / "model.safetensors").read_bytes() for place in ("fused", "again")]
+    assert same[0] == same[1]
+
+
+@pytest.fixture
+def sharing(tmp_path, monkeypatch):
+    """Two sites that share one of three classes, with sums of the base's features beside their vectors."""
+    monkeypatch.setattr("hf_datavec.recalibrate.domain.FOREIGN", math.inf)
+    base = make_network("test_resnet", tmp_path / "base")
+    make_images(tmp_path / "images", each=8)
+    for number, (site, labels) in enumerate((("a", ("cat", "dog")), ("b", ("dog", "owl"))), start=1):
+        tuned = tune(base, tmp_path / f"tuned-{site}", seed=number, step=0.05)
+        own = tmp_path / f"images-{site}"
+        for label in labels:
+            shutil.copytree(tmp_path / "images" / label, own / label)
+        observed = Observed(("features",), str(own), device="cpu")
+        site_steps.diff(str(base), str(tuned), tmp_path / f"site-{site}", with_statistics=True, observed=observed)
+    return tmp_path
+
+
+def test_auto_may_take_the_base_with_the_head_of_the_sums_and_its_lock_repeats_it(sharing, run):
+    vectors = ["./site-a", "./site-b"]
+    outcome = run("merge", by_agreement(sharing, vectors=vectors), "-o", "fused", "--json")
+    assert outcome.code == 0, outcome.err
+    tried = json.loads(outcome.out)["choice"]["candidates"]
+    assert [one["mode"] for one in tried if one.get("head") == "pooled"] == ["none"]
+    assert "the base with a pooled head" in (sharing / "fused" / "README.md").read_text()
+    # Without public images, the head alone is left to choose.
+    write_recipe(sharing / "blind.yaml", base="./base", vectors=vectors, merge={"method": "auto"})
+    outcome = run("merge", "blind.yaml", "-o", "blind", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "the head that all sites' sums of features give" in json.loads(outcome.out)["restoration"]
+    base, blind = (load_file(sharing / place / "model.safetensors") for place in ("base", "blind"))
+    assert {name for name in base if not torch.equal(base[name], blind[name])} == {"fc.weight", "fc.bias"}
+    assert run("merge", "blind/recipe.lock.yaml", "-o", "again").code == 0
+    same = [(sharing / place / "model.safetensors").read_bytes() for place in ("blind", "again")]
+    assert same[0] == same[1]
+
+
+def test_the_pooled_head_has_a_say_as_large_as_the_sites_mixes_differ(sharing):
+    recipe = by_agreement(sharing, vectors=["./site-a", "./site-b"])
+    pictures = open_images(parse_reference(str(sharing / "images")))
+    found = judging.judge(prepare(recipe).plan, pictures, "cpu").ensemble
+    assert found.counts.tolist() in ([[8, 8, 0], [0, 8, 8]], [[0, 8, 8], [8, 8, 0]])
+    assert agreement.skew(found.counts) == pytest.approx(0.25)
+    sites = replace(found, head=None).teacher
+    head = agreement.log_softmax(found.head)
+    head = agreement.log_softmax(head / fit_ensemble(head, np.exp(sites)))
+    assert np.allclose(found.teacher, agreement.log_softmax(0.75 * sites + 0.25 * head))
+    assert not np.allclose(found.teacher, sites)

@@ -302,7 +302,7 @@ def clinic(clinic_template, tmp_path) -> Path:
     "case",
     [
         ("with", "same", "auto", "of 2 candidates the ensemble", ""),
-        ("with", "other", "auto", "of 2 candidates the ensemble", ""),
+        ("with", "other", "auto", "the public images are of another kind than the sites'", ""),
         ("without", "same", "auto", "were re-estimated on 36 images of `", UNCHECKED),
         ("with", None, "auto", "were combined from the sites' own.", APART),
         ("with", None, "moments", "were combined from the sites' own.", APART),

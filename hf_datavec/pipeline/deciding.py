@@ -20,7 +20,7 @@ from hf_datavec.pipeline.judging import Judge
 from hf_datavec.pipeline.trying import Tried
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
-from hf_datavec.recalibrate import Sites
+from hf_datavec.recalibrate import Domain, Sites
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +58,33 @@ def decided(plan: Plan, judge: Judge | None, folder: Path, device: str) -> tuple
 def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tuple[Plan, Verdict]:
     """The plan with what the ensemble supports most in place of every `auto`, and all that was tried.
 
-    `network_of` makes the network of a plan with the base's statistics; it is good until the next is asked for. With
+    On images of another kind than the sites' nothing is compared, see `candidates.abroad`. `network_of` makes the
+    network of a plan with the base's statistics; it is good until the next is asked for. With
     more calibration images than the ensemble looks at, candidates are restored on those that it looks at. Every process
     must call it.
 
     Raises: RunError when no candidate gives finite answers.
     """
-    listed, decider, trials = candidates.of(plan), _Decider(judge, network_of, device), list[Trial]()
+    domain = processes.together(lambda: _domain(plan, judge, device))
+    listed = candidates.abroad(plan) if domain.foreign else candidates.of(plan)
+    decider, trials = _Decider(judge, network_of, device), list[Trial]()
     for candidate in progress(listed, text="auto", total=len(listed), unit="candidate"):
         trials += decider.trials(plan, candidate)
-    verdict = Verdict(judge.images, judge.digest, judge.pictures.count, judge.ensemble.names, tuple(trials))
+    foreign = domain.divergence if domain.foreign else None
+    verdict = Verdict(judge.images, judge.digest, judge.pictures.count, judge.ensemble.names, tuple(trials), foreign)
     best = verdict.best
     if not best.usable:
         problem = f"none of {len(trials)} candidates of `auto` could be used: {best.problem}"
         raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or name method and scale")
     log.info("%s", verdict.text)
     return candidates.resolved(plan, best.candidate, best.mode), verdict
+
+
+def _domain(plan: Plan, judge: Judge, device: str) -> Domain:
+    """Whether the images look like the sites', as far as sites tell."""
+    if not plan.base.has_statistics:
+        return Domain(None)
+    return recalibrate.compare(recalibrate.sharing(plan.base, plan.contributions, device=device), judge.pictures)
 
 
 @dataclass(frozen=True)
