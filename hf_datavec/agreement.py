@@ -24,6 +24,8 @@ HALVINGS = 45
 # The ensemble may support the fused network's answers this much less than those of the best site, or of the plain mean,
 # before a user is warned (docs/choosing.md has the false alarms and misses).
 SLACK = 0.02
+# Networks of one study spread their logits by up to 1.3 times the median of all (ten ensembles).
+LOUDEST = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,24 @@ def log_softmax_of_known(values: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return np.where(np.isnan(found), -np.inf, found)
+
+
+def no_louder(parts: Floats) -> Floats:
+    """Members' logarithms of probabilities (sites, n, k) without one that outvotes all others, NaN for no say.
+
+    A mean of logits follows whoever has the largest. A member's spread around its mean over labels is shortened to at
+    most `LOUDEST` times that of the median member.
+    """
+    import numpy as np
+
+    silent = np.isnan(parts).all(axis=2, keepdims=True)
+    means = np.nanmean(np.where(silent, 0.0, parts), axis=2, keepdims=True)
+    centred = parts - means
+    spreads = np.sqrt(np.nanmean(np.where(silent, 0.0, centred) ** 2, axis=(1, 2)))
+    known = spreads[~silent.all(axis=(1, 2))]
+    most = LOUDEST * float(np.median(known)) if len(known) else np.inf
+    factors = np.where(spreads > most, most / np.where(spreads > 0, spreads, 1.0), 1.0)[:, None, None]
+    return np.where(factors < 1, means + factors * centred, parts)
 
 
 def skew(counts: Floats) -> float:

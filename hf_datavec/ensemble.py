@@ -115,7 +115,7 @@ class Ensemble:
         says = ~np.isnan(self.log_probabilities)
         views = says.sum(axis=1)
         summed = np.where(says, self.log_probabilities, 0.0).sum(axis=1)
-        return np.where(views > 0, summed / np.maximum(views, 1), np.nan)
+        return agreement.no_louder(np.where(views > 0, summed / np.maximum(views, 1), np.nan))
 
     def of_site(self, name: str) -> Floats:
         """A site's mean over its views (n, k); NaN where it has no say."""

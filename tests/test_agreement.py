@@ -123,6 +123,21 @@ def test_a_caution_comes_for_a_network_whose_answers_have_little_support_and_say
     assert "not finite" in cautions(BROKEN, [None])
 
 
+def test_a_member_with_logits_a_thousand_times_as_large_does_not_outvote_the_others():
+    members = np.stack([agreement.log_softmax(random_logits(seed)) for seed in (8, 9, 10)])
+    loud = members.copy()
+    loud[1] = agreement.log_softmax(1000 * random_logits(9))
+    assert np.array_equal(agreement.no_louder(members), members)
+    spread = np.sqrt(((members - members.mean(2, keepdims=True)) ** 2).mean((1, 2)))
+    tamed = agreement.no_louder(loud)
+    found = np.sqrt(((tamed - tamed.mean(2, keepdims=True)) ** 2).mean((1, 2)))
+    assert found[1] <= agreement.LOUDEST * max(spread) + 1e-9
+    assert np.array_equal(tamed[[0, 2]], members[[0, 2]])
+    silent = members.copy()
+    silent[2] = np.nan
+    assert np.array_equal(agreement.no_louder(silent), silent, equal_nan=True)
+
+
 @pytest.fixture
 def sites(tmp_path):
     """Three sites on one base: one shares statistics, one lacks a label and one has a label of its own."""
