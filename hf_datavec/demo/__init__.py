@@ -20,6 +20,7 @@ from hf_datavec.demo import recipes
 from hf_datavec.demo.comparison import Comparison, compare
 from hf_datavec.demo.material import LABELS, SITES, write_images
 from hf_datavec.errors import RunError
+from hf_datavec.recipe import AUTO
 from hf_datavec.samples import write_network
 from hf_datavec.scanners import SCANNERS, SIDE
 from hf_datavec.staging import refuse_existing
@@ -99,7 +100,7 @@ def _run(out: Path, shell: Shell, seed: int) -> None:
         shell.run("push", f"{root}/sites/{site}/vector", f"{root}/vectors/{site}")
     shell.step("The coordinator merges by recipe; nobody has to be online")
     comment = "Four sites' vectors on one base; change method, scale or mode, merge again and see what happens."
-    recipes.write(out / "recipe.yaml", comment=comment, home=".")
+    recipes.write(out / "recipe.yaml", comment=comment, home=".", method=AUTO, mode=AUTO)
     shell.run("plan", f"{root}/recipe.yaml", show=True)
     shell.run("merge", f"{root}/recipe.yaml", "-o", f"{root}/fused", show=True)
     shell.run("inspect", *(f"{root}/vectors/{site}" for site in SITES), "--plot", f"{root}/cosines.png", show=True)
@@ -128,7 +129,7 @@ def _finish(out: Path, root: str, comparison: Comparison, shell: Shell, seed: in
     shell.say(
         f"""
 The recipe is {root}/recipe.yaml, the fused model {root}/fused. To try next:
-  change `scale: 0.5` or `method: sum` there, then  hf-datavec merge {root}/recipe.yaml -o {root}/fused-2
+  write `merge: {{method: sum, scale: 1.0}}`, the paper's rule, then  hf-datavec merge {root}/recipe.yaml -o {root}/fused-2
   classify a picture:  python -c "from transformers import pipeline; \\
     print(pipeline('image-classification', model='{root}/fused')('PICTURE.png'))"
   use your own folders:  hf-datavec finetune {root}/base YOUR_IMAGES -o tuned"""
