@@ -129,7 +129,8 @@ def _finish(out: Path, root: str, comparison: Comparison, shell: Shell, seed: in
     shell.say(
         f"""
 The recipe is {root}/recipe.yaml, the fused model {root}/fused. To try next:
-  write `merge: {{method: sum, scale: 1.0}}`, the paper's rule, then  hf-datavec merge {root}/recipe.yaml -o {root}/fused-2
+  the paper's rule:  write `merge: {{method: sum, scale: 1.0}}`, then
+    hf-datavec merge {root}/recipe.yaml -o {root}/fused-2
   classify a picture:  python -c "from transformers import pipeline; \\
     print(pipeline('image-classification', model='{root}/fused')('PICTURE.png'))"
   use your own folders:  hf-datavec finetune {root}/base YOUR_IMAGES -o tuned"""
