@@ -34,6 +34,8 @@ from hf_datavec.study.rounds import FEDAVG
 from hf_datavec.study.sections import Study
 
 ROOT = Path(__file__).parent.parent
+# Until running statistics have left the base's, so that the public images look like the sites'.
+LONG = {"epochs": 30, "learning_rate": 0.01}
 MINIMAL = "data: {images: ./images}\nbase: ./pretrained\n"
 
 
@@ -377,22 +379,53 @@ def test_a_row_is_what_merge_gives_for_its_recipe(clinic, run):
 
 
 def test_auto_chooses_in_a_study_what_a_merge_chooses_on_its_public_images(clinic, run):
-    write_study(
-        clinic, seeds=[3], federated=None, relay=None, heads=None, restore=["auto"], merges=[{"method": "auto"}]
-    )
+    only = {"federated": None, "relay": None, "heads": None, "seeds": [3], "training": LONG}
+    write_study(clinic, **only, restore=["auto"], merges=[{"method": "auto"}])
     assert run("study", "study.yaml", "--device", "cpu").code == 0
     folder = clinic / "results" / "seed-3"
     table = pictures.open_table(study.load(clinic / "study.yaml").data, clinic)
     (clinic / "public").mkdir()
     for number, place in enumerate(json.loads((folder / "parts.json").read_text())["public"]["images"]):
         table.images.image(place).save(clinic / "public" / f"{number:03}.png")
+    # The kept recipe holds what was chosen; this one leaves all of it open again.
+    kept = YAML(typ="safe").load((folder / "recipes" / "auto__auto.yaml").read_text())
+    vectors = [one if isinstance(one, str) else one["vector"] for one in kept["vectors"]]
     restore = {"mode": "auto", "images": str(clinic / "public")}
-    recipe = {**YAML(typ="safe").load((folder / "recipes" / "auto.yaml").read_text()), "recalibrate": restore}
+    recipe = {"base": kept["base"], "vectors": vectors, "merge": {"method": "auto"}, "recalibrate": restore}
     path = write_recipe(folder / "recipes" / "on-images.yaml", **recipe)
     outcome = run("merge", path, "-o", "fused")
     assert outcome.code == 0, outcome.err
     assert "candidates the ensemble of the sites' networks gives" in outcome.err
-    assert_predicted_by(clinic / "fused", folder, "auto__auto__by_agreement", clinic)
+    assert_predicted_by(clinic / "fused", folder, "auto__auto__", clinic)
+
+
+def test_rows_of_learning_from_the_ensemble_are_what_merge_gives_for_their_recipes(clinic, run):
+    only = {"federated": None, "relay": None, "heads": None, "seeds": [3], "budgets": ["epochs"]}
+    training = {"epochs": 5, "learning_rate": 0.01}
+    distil = {"epochs": 20, "learning_rate": 0.001, "mixup": False}
+    # A scale that is too small leaves something to be learned.
+    merges = [{"method": "sum", "scale": 0.3}, {"method": "ties"}]
+    write_study(clinic, **only, training=training, restore=["statistics"], merges=merges, distil=distil)
+    outcome = run("study", "study.yaml", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    found = json.loads((clinic / "results" / "results.json").read_text())["rows"]
+    rows = {row["name"]: row["seeds"] for row in found}
+    learned, calibrated = "then learned from the ensemble", "then learned from the ensemble, calibrated"
+    names = [f"sum x 0.3, {name}, statistics" for name in (learned, calibrated)]
+    # Only the first merge learns.
+    assert [name for name in rows if learned in name] == names
+    plain, after, scaled = (rows[name] for name in ("sum x 0.3, statistics", *names))
+    assert after["brier"] != plain["brier"]
+    # A temperature changes how sure answers are, not which they are.
+    assert after["accuracy"] == scaled["accuracy"]
+    assert after["brier"] != scaled["brier"]
+    folder = clinic / "results" / "seed-3"
+    for name in names:
+        slug = partition.slug(name)
+        outcome = run("merge", folder / "recipes" / f"{slug}.yaml", "-o", slug)
+        assert outcome.code == 0, outcome.err
+        # The names of kept files end after 60 letters.
+        assert_predicted_by(clinic / slug, folder, f"{slug}__"[:60], clinic)
 
 
 def assert_predicted_by(fused, folder, row, clinic):
