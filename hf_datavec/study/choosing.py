@@ -1,4 +1,4 @@
-"""What `auto` stands for in a study: what the sites' networks agree best with on the public images."""
+"""What `auto` stands for in a study: what the sites' networks support most on the public images."""
 
 from __future__ import annotations
 

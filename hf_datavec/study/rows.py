@@ -163,7 +163,7 @@ class Measuring:
         return {}
 
     def decided(self, plan: Plan, mode: str, on: str = "") -> Decided:
-        """A plan and a mode with what the sites' networks agree best with in place of every `auto`."""
+        """A plan and a mode with what the sites' networks support most in place of every `auto`."""
         merge = plan.recipe.merge
         names = tuple((one.name, one.weight) for one in plan.contributions)
         key = (plan.base.folder, on, mode, merge.model_dump_json(), names)
