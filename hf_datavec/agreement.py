@@ -67,10 +67,14 @@ class Agreement:
     fused: Match
     sites: tuple[Match | None, ...]
     mean: Match | None = None
+    # Whether the images are known to be of another kind than the sites'; there the sites' networks are no judge.
+    foreign: bool = False
 
     @property
     def caution(self) -> str:
-        """What a user must know; empty when all is well."""
+        """What a user must know; empty when all is well, or when nobody can tell."""
+        if self.foreign and math.isfinite(self.fused.divergence):
+            return ""
         return cautions(self.fused, self.sites, self.mean)
 
     @property
@@ -82,6 +86,7 @@ class Agreement:
         return (
             f"On {self.count} public images the ensemble of the sites' networks gives the fused network's answers a "
             f"mean probability of {support} %{sites}; {agreement} % of them are its own, divergence {divergence}."
+            + (" The images are of another kind than the sites', so this tells little." if self.foreign else "")
         )
 
     @property
@@ -100,6 +105,7 @@ class Agreement:
             "images": self.images,
             "digest": self.digest,
             "count": self.count,
+            "foreign": self.foreign,
             "fused": self.fused.as_dict(),
             "mean": self.mean.as_dict() if self.mean else None,
             "sites": {name: one.as_dict() if one else None for name, one in sites},

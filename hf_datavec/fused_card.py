@@ -182,6 +182,8 @@ def _agreement_text(agreement: Agreement | None) -> str:
     if agreement is None:
         return ""
     caution = f"\n{agreement.caution}\n" if agreement.caution else ""
+    if agreement.foreign:
+        caution += "\nThese images are of another kind than the sites', so this tells little.\n"
     header = ("network", "support in %", "same answer in %", "divergence")
     return (
         "\n## Agreement with the sites\n\nHow the ensemble of the sites' networks sees answers to "

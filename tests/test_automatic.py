@@ -387,10 +387,26 @@ def test_on_images_of_another_kind_the_sites_networks_do_not_judge(agreeing, run
     assert [(one["method"], one["mode"]) for one in choice["candidates"]] == [("sum", "relative")]
     assert choice["found"]["scale"] == pytest.approx(2 / 3)
     assert choice["foreign"] > 0
-    assert "the public images are of another kind than the sites'" in (agreeing / "fused" / "README.md").read_text()
+    card = (agreeing / "fused" / "README.md").read_text()
+    assert "the public images are of another kind than the sites'" in card
+    assert "so this tells little" in card
+    assert "the fused network may be worse than a site's own" not in outcome.err
     again = run("merge", "fused/recipe.lock.yaml", "-o", "again")
     assert again.code == 0, again.err
     same = [(agreeing / place / "model.safetensors").read_bytes() for place in ("fused", "again")]
+    assert same[0] == same[1]
+
+
+def test_nothing_is_learned_on_images_of_another_kind(agreeing, run, monkeypatch):
+    monkeypatch.setattr("hf_datavec.recalibrate.domain.FOREIGN", 1e-9)
+    plain = by_agreement(agreeing, "plain", recalibrate={"mode": "auto"})
+    taught = by_agreement(agreeing, "taught", recalibrate={"mode": "auto", "tune": {"loss": "ensemble", "epochs": 1}})
+    for recipe, place in ((plain, "plain"), (taught, "taught")):
+        outcome = run("merge", recipe, "-o", place)
+        assert outcome.code == 0, outcome.err
+    assert "warning: Nothing was learned from the ensemble" in outcome.err
+    assert "Nothing was learned from the ensemble" in (agreeing / "taught" / "README.md").read_text()
+    same = [(agreeing / place / "model.safetensors").read_bytes() for place in ("plain", "taught")]
     assert same[0] == same[1]
 
 

@@ -183,12 +183,14 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
             choice = Chooser(images.labelled, tried).choose(plan, gram)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        learned, digest = distilling.learn(choice.plan, folder, judge, place, digest)
+        foreign = chosen.domain.foreign or (verdict is not None and verdict.foreign is not None)
+        learned, digest = distilling.learn(choice.plan, folder, judge, (place, digest), foreign=foreign)
         scaled = _scaled(choice.plan, folder, images, judge, (place, digest))
         choice, prepared = replace(choice, plan=scaled.plan), replace(prepared, plan=scaled.plan)
         texts = (why, adapted.text if adapted else "", restoration, learned, scaled.text)
         restoration = " ".join(filter(None, texts))
-        agreed = judging.held_against(judge, folder, place, mean=verdict.mean if verdict else None)
+        mean = verdict.mean if verdict else None
+        agreed = judging.held_against(judge, folder, place, mean=mean, foreign=foreign)
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()
         done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured, agreed, verdict)

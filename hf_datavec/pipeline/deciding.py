@@ -65,7 +65,7 @@ def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tupl
 
     Raises: RunError when no candidate gives finite answers.
     """
-    domain = processes.together(lambda: _domain(plan, judge, device))
+    domain = processes.together(lambda: domain_of(plan, judge, device))
     listed = candidates.abroad(plan) if domain.foreign else candidates.of(plan)
     decider, trials = _Decider(judge, network_of, device), list[Trial]()
     for candidate in progress(listed, text="auto", total=len(listed), unit="candidate"):
@@ -80,7 +80,7 @@ def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tupl
     return candidates.resolved(plan, best.candidate, best.mode), verdict
 
 
-def _domain(plan: Plan, judge: Judge, device: str) -> Domain:
+def domain_of(plan: Plan, judge: Judge, device: str) -> Domain:
     """Whether the images look like the sites', as far as sites tell."""
     if not plan.base.has_statistics:
         return Domain(None)

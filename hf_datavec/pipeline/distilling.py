@@ -25,12 +25,26 @@ def refuse(plan: Plan, judge: Judge | None) -> None:
     distillation.refuse_few(judge.pictures.count)
 
 
-def learn(plan: Plan, folder: Path, judge: Judge | None, device: str, digest: str) -> tuple[str, str]:
+# On images of another kind the sites' networks are no teacher either.
+FOREIGN = (
+    "Nothing was learned from the ensemble of the sites' networks, since the public images are of another kind than "
+    "the sites'."
+)
+
+
+def learn(
+    plan: Plan, folder: Path, judge: Judge | None, where: tuple[str, str], *, foreign: bool = False
+) -> tuple[str, str]:
     """Let the written network learn from the ensemble that has judged it, if the recipe says so.
 
-    Returns what to say about it, and the new content digest. Every process must call it; one trains and writes.
+    `where` are the device and the content digest so far; on `foreign` images nothing is learned. Returns what to say
+    about it, and the new content digest. Every process must call it; one trains and writes.
     """
+    device, digest = where
     wanted = plan.recipe.recalibrate
+    if foreign and plan.recipe.distils:
+        log.warning("warning: %s", FOREIGN)
+        return FOREIGN, digest
     if wanted is None or wanted.tune is None or not wanted.distils or judge is None:
         return "", digest
     network = processes.together(lambda: models.load(folder, device=device))

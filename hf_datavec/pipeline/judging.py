@@ -49,12 +49,12 @@ class Judge:
         # One process decides, since a number on an edge may fall to either side on another machine.
         return processes.on_main(lambda: self.ensemble.match(logits, labels))
 
-    def agreement(self, network: models.Network, *, mean: Match | None = None) -> Agreement:
+    def agreement(self, network: models.Network, *, mean: Match | None = None, foreign: bool = False) -> Agreement:
         """The fused network and each site's held against the ensemble. Warns on the log of what speaks against it."""
         fused = self.match(network)
         sites = processes.on_main(lambda: self.ensemble.sites)
         names = self.ensemble.names
-        found = Agreement(self.images, self.digest, self.pictures.count, names, fused, sites, mean)
+        found = Agreement(self.images, self.digest, self.pictures.count, names, fused, sites, mean, foreign)
         log.info("agreement: %s", found.text)
         if found.caution:
             log.warning("warning: %s", found.caution)
@@ -104,9 +104,11 @@ def _head(plan: Plan, sites: Sites, pictures: Pictures) -> Floats:
     return result
 
 
-def held_against(judge: Judge | None, folder: Path, device: str, *, mean: Match | None = None) -> Agreement | None:
+def held_against(
+    judge: Judge | None, folder: Path, device: str, *, mean: Match | None = None, foreign: bool = False
+) -> Agreement | None:
     """The written network of a folder held against the ensemble, if there is one."""
     if judge is None:
         return None
     network = processes.together(lambda: models.load(folder, device=device))
-    return judge.agreement(network, mean=mean)
+    return judge.agreement(network, mean=mean, foreign=foreign)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_datavec import agreement, distillation, evaluate, models, probe, recalibrate, temperature
 from hf_datavec.checkpoint import open_checkpoint
 from hf_datavec.finetune import cross_entropy
-from hf_datavec.pipeline import judging
+from hf_datavec.pipeline import deciding, judging
 from hf_datavec.pipeline.judging import Judge
 from hf_datavec.plan import Plan
 from hf_datavec.recipe import AUTO, Override
@@ -203,10 +203,10 @@ class Measuring:
     def learned(self, merge: Combining, mode: str, on: str = "") -> models.Network:
         """The shared network, merged, restored, and taught by the sites' networks as the study's `distil:` says."""
         network, plan = self.network(merge, mode, on=on), self.seed.plan(self.vectors(), merge)
-        settings = self.seed.place.study.distil
-        if settings is not None:
+        settings, judge = self.seed.place.study.distil, self.judge(plan, on)
+        foreign = deciding.domain_of(plan, judge, self.seed.place.device).foreign
+        if settings is not None and not foreign:  # as a merge does
             settings = settings.model_copy(update={"loss": "ensemble"})
-            judge = self.judge(plan, on)
             sites = judging.everyone(plan, self.seed.place.device)
             distillation.learn(
                 network, judge.ensemble, judge.pictures, sites=sites, settings=settings, seed=self.seed.number
