@@ -204,7 +204,7 @@ DISTIL = {"loss": "ensemble", "epochs": 2, "batch_size": 4, "learning_rate": 1e-
 
 
 def test_a_merge_learns_after_any_mode_and_its_lock_gives_the_same_bytes(study, tmp_path, run):
-    plain = run("merge", recipe(study, tmp_path, "plain", recalibrate={"mode": "relative"}), "-o", "plain")
+    plain = run("merge", recipe(study, tmp_path, "plain", recalibrate={"mode": "statistics"}), "-o", "plain")
     assert plain.code == 0, plain.err
     path = recipe(study, tmp_path, recalibrate={"mode": "tune", "tune": {**DISTIL, "augment": "turns", "copies": 3}})
     outcome = run("merge", path, "-o", "fused", "--json")
