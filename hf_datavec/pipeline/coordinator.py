@@ -271,7 +271,8 @@ def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeR
     sentence = "The fused model was complete before; this run only pushed it."
     target = processes.on_main(lambda: _pushed(prepared, output))
     found = MergeResult(output, prepared.plan, digest, geometry, sentence, measured, target)
-    return replace(found, temperature=confidence.given(prepared.plan))
+    agreed = finished.agreement_of(output, [one.name for one in prepared.plan.contributions])
+    return replace(found, temperature=confidence.given(prepared.plan), agreement=agreed)
 
 
 def _output(prepared: Prepared, output: Path | None) -> Path:

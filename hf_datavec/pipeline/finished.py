@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from hf_datavec import candidates, fuse, head_scaling, tensors, variants
 from hf_datavec import recipe as recipes
+from hf_datavec.agreement import Agreement, Match
 from hf_datavec.checkpoint import Role
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
@@ -20,6 +22,7 @@ from hf_datavec.metrics import Estimate
 from hf_datavec.pipeline import lock
 from hf_datavec.pipeline.aliases import aliased
 from hf_datavec.pipeline.confidence import given
+from hf_datavec.pipeline.judging import AGREEMENT_FILE
 from hf_datavec.pipeline.prepare import Prepared
 
 EVALUATION_FILE = "evaluation.json"
@@ -109,3 +112,20 @@ def evaluation_of(output: Path) -> Evaluation | None:
         for name, numbers in found["metrics"].items()
     }
     return Evaluation(**{**found, "metrics": metrics})
+
+
+def agreement_of(output: Path, names: Sequence[str]) -> Agreement | None:
+    """How the earlier run's network related to the ensemble, if it was held against it; `names` are the sites'."""
+    place = output / AGREEMENT_FILE
+    if not place.is_file():
+        return None
+    found = json.loads(place.read_text("utf-8"))
+    del found["caution"]  # it follows from the rest
+    sites = tuple(_match(one) if one else None for one in found["sites"].values())
+    mean = _match(found["mean"]) if found["mean"] else None
+    # The file may have aliases in place of the names, in the same order.
+    return Agreement(**{**found, "names": tuple(names), "fused": _match(found["fused"]), "mean": mean, "sites": sites})
+
+
+def _match(numbers: Mapping[str, float | None]) -> Match:
+    return Match(**{key: math.inf if value is None else value for key, value in numbers.items()})

@@ -54,7 +54,7 @@ def decide(plan: Plan, public: ImageSet | None, device: str) -> Restoration:
         if distilled
         else wanted.mode
     )
-    found = [recalibrate.cautions(mode, sites, len(plan.contributions), domain)]
+    found = [recalibrate.cautions(mode, sites, [one.weight for one in plan.contributions], domain)]
     if public is not None and (count := min(wanted.count, len(public))) < FEW_IMAGES:
         found.append(f"Statistics of {_counted(count, 'image')} are mostly chance; some hundreds are usual.")
     if blind:

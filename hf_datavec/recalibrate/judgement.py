@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hf_datavec.recalibrate.domain import FOREIGN, Domain
 from hf_datavec.recalibrate.outlying import outlying
 from hf_datavec.recalibrate.sites import Sites
@@ -21,8 +23,11 @@ def automatic(shared: bool, everyone: bool, domain: Domain, *, images: bool) -> 
     return "relative" if domain.foreign else "statistics"
 
 
-def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str:
-    """What a user must know about a restoration that may make the model worse; empty when nothing is known to."""
+def cautions(mode: str, sites: Sites, weights: Sequence[float], domain: Domain) -> str:
+    """What a user must know about a restoration that may make the model worse; empty when nothing is known to.
+
+    `weights` are those of all sites, whether they share statistics or not.
+    """
     found = []
     if mode in ("statistics", "repair", "tune") and domain.foreign:
         found.append(
@@ -40,9 +45,9 @@ def cautions(mode: str, sites: Sites, contributions: int, domain: Domain) -> str
             "unrestored one"
         )
     # A site that alone counts has statistics that belong to its weights, which are the fused ones.
-    alone = contributions > 1 and sum(weight != 0 for weight in sites.weights) == 1
-    if mode in ("relative", "repair") and sites.shared and len(sites.members) < contributions and not alone:
-        found.append(f"Only {len(sites.members)} of {contributions} sites share statistics and stand for all")
+    alone = len(weights) > 1 and sum(weight != 0 for weight in weights) == 1
+    if mode in ("relative", "repair") and sites.shared and len(sites.members) < len(weights) and not alone:
+        found.append(f"Only {len(sites.members)} of {len(weights)} sites share statistics and stand for all")
     for name in outlying(sites):
         found.append(
             f"The statistics that '{name}' shares are so far from the other sites' that images hardly explain it, and "
