@@ -24,6 +24,8 @@ HALVINGS = 45
 # The ensemble may support the fused network's answers this much less than those of the best site, or of the plain mean,
 # before a user is warned (docs/choosing.md has the false alarms and misses).
 SLACK = 0.02
+# On images of another kind only a network far below the least supported site, by this factor, is warned of.
+FAR = 0.5
 # Networks of one study spread their logits by up to 1.3 times the median of all (ten ensembles).
 LOUDEST = 3.0
 
@@ -73,7 +75,7 @@ class Agreement:
     @property
     def caution(self) -> str:
         """What a user must know; empty when all is well, or when nobody can tell."""
-        if self.foreign and math.isfinite(self.fused.divergence):
+        if self.foreign and self.fused.support >= FAR * min((one.support for one in self.sites if one), default=0.0):
             return ""
         return cautions(self.fused, self.sites, self.mean)
 

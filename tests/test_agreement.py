@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from networks import make_images, make_network, make_vector, save_with, tune, wr
 from safetensors.torch import load_file
 
 from hf_datavec import agreement, ensemble, images, models, recalibrate
-from hf_datavec.agreement import BROKEN, SLACK, Match, cautions
+from hf_datavec.agreement import BROKEN, SLACK, Agreement, Match, cautions
 from hf_datavec.ensemble import Ensemble
 from hf_datavec.hub import parse
 from hf_datavec.pipeline import judging
@@ -121,6 +122,15 @@ def test_a_caution_comes_for_a_network_whose_answers_have_little_support_and_say
     assert "less than the plain mean's 90.0 %" in cautions(Match(0.2, 0.8, 0.8), sites, Match(0.05, 0.9, 0.9))
     assert "not finite" in cautions(BROKEN, sites)
     assert "not finite" in cautions(BROKEN, [None])
+
+
+def test_on_images_of_another_kind_only_a_network_far_below_every_site_is_warned_of():
+    sites = (Match(0.1, 0.9, 0.8), Match(0.2, 0.8, 0.6))
+    told = Agreement("images", "digest", 9, ("a", "b"), Match(0.5, 0.5, 0.4), sites)
+    assert told.caution
+    assert replace(told, foreign=True).caution == ""
+    assert replace(told, foreign=True, fused=Match(0.9, 0.1, 0.2)).caution
+    assert "so this tells little" in replace(told, foreign=True).text
 
 
 def test_a_member_with_logits_a_thousand_times_as_large_does_not_outvote_the_others():

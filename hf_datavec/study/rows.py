@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["site", "probe", "fused", "ensemble", "pooled", "federated", "relay", "random", "control"]
 PROBE_STEPS = 400
@@ -208,9 +211,10 @@ class Measuring:
         if settings is not None and not foreign:  # as a merge does
             settings = settings.model_copy(update={"loss": "ensemble"})
             sites = judging.everyone(plan, self.seed.place.device)
-            distillation.learn(
+            found = distillation.learn(
                 network, judge.ensemble, judge.pictures, sites=sites, settings=settings, seed=self.seed.number
             )
+            log.info("seed %d: %s", self.seed.number, found.text)
         return network
 
     def calibrated(self, merge: Combining, mode: str, on: str = "") -> Floats:
