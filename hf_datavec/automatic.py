@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hf_datavec import candidates, cosines, pooled_heads
+from hf_datavec import candidates, cosines
 from hf_datavec.candidates import Candidate
 from hf_datavec.checkpoint import Role
 from hf_datavec.geometry import Geometry
@@ -72,7 +72,7 @@ def method_of(plan: Plan) -> Automatic:
     """The method and its scale: of few means the first that the sites' declarations allow."""
     if len(plan.contributions) == 1:
         return Automatic("sum", 1.0, "A single vector is added as it is.")
-    if pooled_heads.possible(plan):
+    if any(candidates.heads(plan)):
         text = "No public images tell, so `auto` chose the base with the head that all sites' sums of features give."
         return Automatic("sum", 0.0, text, head=True)
     found = by_sizes([one.examples for one in plan.contributions])
@@ -98,4 +98,5 @@ def applied(plan: Plan, chosen: Automatic | None) -> tuple[Plan, str]:
     if chosen is None:
         return plan, ""
     candidate = Candidate(chosen.method, chosen.scale, plan.recipe.merge.options, head=chosen.head)
-    return candidates.planned(plan, candidate, AUTO), chosen.text
+    # A head on the untouched base fits the base's statistics and no others.
+    return candidates.planned(plan, candidate, "none" if chosen.head else AUTO), chosen.text

@@ -173,7 +173,7 @@ def of(plan: Plan) -> tuple[Candidate, ...]:
     """The candidates for what a plan leaves open, in their order."""
     merge = plan.recipe.merge
     if merge.method == AUTO:
-        found = [*_methods(plan), *_sites(plan), *_heads(plan), *_bases(plan)]
+        found = [*_methods(plan), *_sites(plan), *heads(plan), *_bases(plan)]
     else:
         scales = _scales(merge, len(plan.contributions)) if merge.scale == AUTO else (_settled(merge),)
         found = [Candidate(merge.method, scale, merge.options, modes(plan)) for scale in scales]
@@ -191,9 +191,7 @@ def abroad(plan: Plan) -> tuple[Candidate, ...]:
         per_site = merge.method in PER_SITE and not merge.options.get("normalize")
         scale = (2 / count if per_site else 1.0) if merge.scale == AUTO else _settled(merge)
         return (Candidate(merge.method, scale, merge.options, found),)
-    if pooled_heads.possible(plan):
-        return tuple(_heads(plan))
-    return (Candidate("sum", min(1.0, 2 / count), {}, found),)
+    return tuple(heads(plan)) or (Candidate("sum", min(1.0, 2 / count), {}, found),)
 
 
 def modes(plan: Plan) -> tuple[str, ...]:
@@ -235,23 +233,23 @@ def _sites(plan: Plan) -> Iterator[Candidate]:
         yield Candidate("linear", 1.0, {}, found, place)
 
 
-def _heads(plan: Plan) -> Iterator[Candidate]:
-    """The base with the head of all sites' images, where all share sums of features; no layer below it has moved."""
-    if pooled_heads.possible(plan):
-        yield Candidate("sum", 0.0, {}, _unmoved(plan), head=True)
+def heads(plan: Plan) -> Iterator[Candidate]:
+    """The base with the head of all sites' images, where all share sums of features."""
+    if pooled_heads.possible(plan) and _may_keep(plan):
+        yield Candidate("sum", 0.0, {}, ("none",), head=True)
 
 
-def _unmoved(plan: Plan) -> tuple[str, ...]:
-    """The modes for a base of which nothing but the head has moved: its own statistics fit, if the recipe lets them."""
-    return ("none",) if _mode(plan) == AUTO else modes(plan)[:1]
+def _may_keep(plan: Plan) -> bool:
+    """Whether the base's statistics may stay: a head on the untouched base fits no others."""
+    return not plan.base.has_statistics or _mode(plan) in (AUTO, "none")
 
 
 def _bases(plan: Plan) -> Iterator[Candidate]:
     """The base as it is, if it has learned all labels; a head of zeros has learned none."""
-    if plan.base_fetched.hollow or not set(plan.labels) <= set(plan.base.labels):
+    if plan.base_fetched.hollow or not _may_keep(plan) or not set(plan.labels) <= set(plan.base.labels):
         return
     if any(bool((plan.base.tensors.read(name) != 0).any()) for name in plan.base.named(Role.HEAD)):
-        yield Candidate("sum", 0.0, {}, _unmoved(plan))
+        yield Candidate("sum", 0.0, {}, ("none",))
 
 
 def _scales(merge: Merge, sites: int) -> tuple[float, ...]:

@@ -433,8 +433,14 @@ def test_auto_may_take_the_base_with_the_head_of_the_sums_and_its_lock_repeats_i
     tried = json.loads(outcome.out)["choice"]["candidates"]
     assert [one["mode"] for one in tried if one.get("head") == "pooled"] == ["none"]
     assert "the base with a pooled head" in (sharing / "fused" / "README.md").read_text()
-    # Without public images, the head alone is left to choose.
-    write_recipe(sharing / "blind.yaml", base="./base", vectors=vectors, merge={"method": "auto"})
+    # With statistics that a mode restores, a head on the untouched base would not fit.
+    recipe = by_agreement(sharing, "fixed", vectors=vectors, recalibrate={"mode": "relative"})
+    outcome = run("merge", recipe, "-o", "fixed", "--json")
+    assert outcome.code == 0, outcome.err
+    assert not any(one.get("head") for one in json.loads(outcome.out)["choice"]["candidates"])
+    # Without public images, the head alone is left to choose, and it keeps the base's statistics.
+    sections = {"merge": {"method": "auto"}, "recalibrate": {"mode": "auto"}}
+    write_recipe(sharing / "blind.yaml", base="./base", vectors=vectors, **sections)
     outcome = run("merge", "blind.yaml", "-o", "blind", "--json")
     assert outcome.code == 0, outcome.err
     assert "the head that all sites' sums of features give" in json.loads(outcome.out)["restoration"]
