@@ -22,7 +22,7 @@ recalibrate:
 
 
 # After the restoration the fused network learns from the sites' networks, and is made as sure as they are together.
-LEARNING = """  tune: {loss: ensemble}
+LEARNING = """  tune: {loss: ensemble, epochs: 10}
   temperature: ensemble
 """
 
