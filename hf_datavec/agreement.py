@@ -240,6 +240,7 @@ def no_louder(parts: Floats) -> Floats:
     centred = parts - means
     spreads = np.sqrt(np.nanmean(np.where(silent, 0.0, centred) ** 2, axis=(1, 2)))
     known = spreads[~silent.reshape(len(parts), -1).all(axis=1)]
+    known = known[known > 0]  # a member with a single label has no spread
     most = LOUDEST * float(np.median(known)) if len(known) else np.inf
     factors = np.where(spreads > most, most / np.where(spreads > 0, spreads, 1.0), 1.0)[:, None, None]
     return np.where(factors < 1, means + factors * centred, parts)

@@ -76,6 +76,8 @@ def method_of(plan: Plan) -> Automatic:
         text = "No public images tell, so `auto` chose the base with the head that all sites' sums of features give."
         return Automatic("sum", 0.0, text, head=True)
     found = by_sizes([one.examples for one in plan.contributions])
+    if found and not candidates.fits(plan, Candidate(found.method, found.scale)):
+        found = None
     return found or Automatic(METHOD, 1.0, f"No public images tell, so `auto` chose `{METHOD}`, scale 1.")
 
 

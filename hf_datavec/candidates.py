@@ -134,7 +134,7 @@ class Verdict:
             "images": self.images,
             "digest": self.digest,
             "count": self.count,
-            **({"foreign": self.foreign} if self.foreign is not None else {}),
+            **({} if self.foreign is None else {"foreign": self.foreign if math.isfinite(self.foreign) else None}),
             "found": _plain(self.best, self.names),
             "candidates": [_plain(one, self.names) for one in self.trials],
         }
@@ -214,9 +214,24 @@ def _methods(plan: Plan) -> Iterator[Candidate]:
         yield Candidate("sum", 1.0, {}, modes(plan))
         return
     for name, scale, options in METHODS:
-        counted = not all_methods()[name].needs_counts or all(one.examples for one in plan.contributions)
-        if counted and not list(method_errors(Merge(method=name, options=dict(options)), sites)):
-            yield Candidate(name, scale / (len(sites) if name in PER_SITE else 1), options, modes(plan))
+        candidate = Candidate(name, scale / (len(sites) if name in PER_SITE else 1), options, modes(plan))
+        if fits(plan, candidate):
+            yield candidate
+
+
+def fits(plan: Plan, candidate: Candidate) -> bool:
+    """Whether a candidate can merge these sites beside the recipe's overrides, and its lock could be merged again."""
+    merge, counts = plan.recipe.merge, [one.examples for one in plan.contributions]
+    counting = any(one.method and all_methods()[one.method].needs_counts for one in merge.overrides)
+    needs = all_methods()[candidate.method].needs_counts
+    if (needs and not all(counts)) or (counting and candidate.site is not None):
+        return False
+    weights = [float(count or 0) for count in counts] if needs else [one.weight for one in plan.contributions]
+    if candidate.site is not None:
+        weights = [float(place == candidate.site) for place in range(len(weights))]
+    made = Merge(method=candidate.method, options=dict(candidate.options), overrides=merge.overrides)
+    sites = zip((one.name for one in plan.contributions), weights, strict=True)
+    return not any(method_errors(made, list(sites)))
 
 
 def _sites(plan: Plan) -> Iterator[Candidate]:
@@ -230,17 +245,23 @@ def _sites(plan: Plan) -> Iterator[Candidate]:
             # What merging changed is nothing here, so that `relative` gives a site's own statistics as well.
             own = ("moments",) if everyone else ("relative",) if one.has_statistics else ()
             found = (*own, "statistics")
-        yield Candidate("linear", 1.0, {}, found, place)
+        alone = Candidate("linear", 1.0, {}, found, place)
+        if fits(plan, alone):
+            yield alone
 
 
 def heads(plan: Plan) -> Iterator[Candidate]:
     """The base with the head of all sites' images, where all share sums of features."""
-    if pooled_heads.possible(plan) and _may_keep(plan):
+    names = plan.base.named(Role.HEAD)
+    given = any(re.fullmatch(one.tensors, name) for one in plan.recipe.merge.overrides for name in names)
+    if pooled_heads.possible(plan) and _may_keep(plan) and not given:
         yield Candidate("sum", 0.0, {}, ("none",), head=True)
 
 
 def _may_keep(plan: Plan) -> bool:
-    """Whether the base's statistics may stay: a head on the untouched base fits no others."""
+    """Whether the base may stay as it is, its statistics with it: a head on the untouched base fits no others."""
+    if any(one.scale is not None for one in plan.recipe.merge.overrides):
+        return False  # something else than the head would move
     return not plan.base.has_statistics or _mode(plan) in (AUTO, "none")
 
 

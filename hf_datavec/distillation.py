@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hf_datavec import agreement, ensemble, models, processes, recalibrate
@@ -139,9 +139,11 @@ def _answers(teacher: Ensemble, pictures: Pictures, sites: Sites, load: Load, se
     """The teacher's logarithms of probabilities for all variants of all pictures (variants, n, k)."""
     import numpy as np
 
-    first, count, more = teacher.taught(settings.teacher), pictures.count, settings.variants - 1
+    count, more = pictures.count, settings.variants - 1
     if not more:
-        return first[None]
+        return teacher.taught(settings.teacher)[None]
+    # Of variants nobody asks the pooled head, so that it has no say in the originals either.
+    first = replace(teacher, head=None).taught(settings.teacher)
     places = [(index % count, 1 + index // count) for index in range(more * count)]
 
     def varied(indices: Sequence[int]) -> torch.Tensor:

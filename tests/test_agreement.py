@@ -143,6 +143,10 @@ def test_a_member_with_logits_a_thousand_times_as_large_does_not_outvote_the_oth
     found = np.sqrt(((tamed - tamed.mean(2, keepdims=True)) ** 2).mean((1, 2)))
     assert found[1] <= agreement.LOUDEST * max(spread) + 1e-9
     assert np.array_equal(tamed[[0, 2]], members[[0, 2]])
+    single = members.copy()
+    single[:2, :, 1:] = np.nan
+    single[:2, :, 0] = 0.0
+    assert np.array_equal(agreement.no_louder(single), single, equal_nan=True)
     silent = members.copy()
     silent[2] = np.nan
     assert np.array_equal(agreement.no_louder(silent), silent, equal_nan=True)

@@ -406,7 +406,28 @@ def test_nothing_is_learned_on_images_of_another_kind(agreeing, run, monkeypatch
         assert outcome.code == 0, outcome.err
     assert "warning: Nothing was learned from the ensemble" in outcome.err
     assert "Nothing was learned from the ensemble" in (agreeing / "taught" / "README.md").read_text()
-    same = [(agreeing / place / "model.safetensors").read_bytes() for place in ("plain", "taught")]
+    again = run("merge", "taught/recipe.lock.yaml", "-o", "again")
+    assert again.code == 0, again.err
+    # Nor in a mode that does not look at the images.
+    for name, learning in (("none", {}), ("none-taught", {"tune": {"loss": "ensemble", "epochs": 1}})):
+        restore = {"mode": "none", **learning}
+        recipe = by_agreement(agreeing, name, merge={"method": "mean"}, recalibrate=restore)
+        assert run("merge", recipe, "-o", name).code == 0
+    for one, other in (("plain", "taught"), ("plain", "again"), ("none", "none-taught")):
+        same = [(agreeing / place / "model.safetensors").read_bytes() for place in (one, other)]
+        assert same[0] == same[1], other
+
+
+def test_auto_beside_overrides_tries_what_its_lock_can_repeat(agreeing, run):
+    for merge in ({"method": "auto", "overrides": [{"tensors": r"fc\..*", "method": "mean"}]},):
+        outcome = run("merge", by_agreement(agreeing, merge=merge), "-o", "fused", "--json")
+        assert outcome.code == 0, outcome.err
+        tried = {one["method"] for one in json.loads(outcome.out)["choice"]["candidates"]}
+        assert "fedavg" not in tried
+        assert "linear" not in tried
+        again = run("merge", "fused/recipe.lock.yaml", "-o", "again")
+        assert again.code == 0, again.err
+    same = [(agreeing / place / "model.safetensors").read_bytes() for place in ("fused", "again")]
     assert same[0] == same[1]
 
 
@@ -449,6 +470,25 @@ def test_auto_may_take_the_base_with_the_head_of_the_sums_and_its_lock_repeats_i
     assert run("merge", "blind/recipe.lock.yaml", "-o", "again").code == 0
     same = [(sharing / place / "model.safetensors").read_bytes() for place in ("blind", "again")]
     assert same[0] == same[1]
+
+
+def test_a_merge_with_a_pooled_head_is_only_pushed_when_it_is_complete(sharing, run):
+    sections = {"merge": {"method": "auto"}, "recalibrate": {"mode": "auto"}, "push": {"repo": "./pushed"}}
+    recipe = by_agreement(sharing, vectors=["./site-a", "./site-b"], output="./fused", **sections)
+    assert run("merge", recipe, "--no-push").code == 0
+    outcome = run("merge", recipe)
+    if json.loads((sharing / "fused" / "search.json").read_text())["choice"]["found"].get("head"):
+        assert "only the push is missing" in outcome.err
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_head_that_the_recipe_gives_is_kept(sharing, run):
+    merge = {"method": "auto", "overrides": [{"tensors": r"fc\..*", "method": "mean"}]}
+    outcome = run(
+        "merge", by_agreement(sharing, vectors=["./site-a", "./site-b"], merge=merge), "-o", "fused", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    assert not any(one.get("head") for one in json.loads(outcome.out)["choice"]["candidates"])
 
 
 def test_the_pooled_head_has_a_say_as_large_as_the_sites_mixes_differ(sharing):

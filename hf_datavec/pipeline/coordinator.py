@@ -183,7 +183,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
             choice = Chooser(images.labelled, tried).choose(plan, gram)
         # A combination at hand is made of vectors that `gram` has seen already.
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
-        foreign = chosen.domain.foreign or (verdict is not None and verdict.foreign is not None)
+        foreign = _is_foreign(choice.plan, judge, chosen, place)
         learned, digest = distilling.learn(choice.plan, folder, judge, (place, digest), foreign=foreign)
         scaled = _scaled(choice.plan, folder, images, judge, (place, digest))
         choice, prepared = replace(choice, plan=scaled.plan), replace(prepared, plan=scaled.plan)
@@ -218,6 +218,13 @@ def _scaled(plan: Plan, folder: Path, images: Images, judge: Judge | None, where
 def _judge(plan: Plan, images: Images, place: str) -> Judge | None:
     judged = images.judged
     return processes.together(lambda: judging.judge(plan, judged, place)) if judged is not None else None
+
+
+def _is_foreign(plan: Plan, judge: Judge | None, chosen: restoring.Restoration, place: str) -> bool:
+    """Whether the public images are of another kind than the sites'; modes that look at none leave it to be found."""
+    if judge is None or chosen.domain.divergence is not None:
+        return chosen.domain.foreign
+    return deciding.domain_of(plan, judge, place).foreign
 
 
 def _decide(plan: Plan, images: Images, place: str) -> restoring.Restoration:
@@ -261,7 +268,12 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
         locked = lock.text(prepared, public or images.learning, images.test, images.labelled, folder=output)
         (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
     elif not prepared.recipe.lock:
-        log.info("the lock, which names the sites, is beside the recipe: %s", lock.write(prepared, images.test))
+        log.info("the lock, which names the sites, is beside the recipe: %s", _lock_beside(prepared, images))
+
+
+def _lock_beside(prepared: Prepared, images: Images) -> Path:
+    """The lock beside the recipe, which pins the images that were looked at, whatever the choice leaves of them."""
+    return lock.write(prepared, images.test, public=images.judged or images.learning)
 
 
 def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeResult:

@@ -65,7 +65,7 @@ def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tupl
 
     Raises: RunError when no candidate gives finite answers.
     """
-    domain = processes.together(lambda: domain_of(plan, judge, device))
+    domain = domain_of(plan, judge, device)
     listed = candidates.abroad(plan) if domain.foreign else candidates.of(plan)
     decider, trials = _Decider(judge, network_of, device), list[Trial]()
     for candidate in progress(listed, text="auto", total=len(listed), unit="candidate"):
@@ -81,10 +81,13 @@ def choose(plan: Plan, judge: Judge, network_of: NetworkOf, device: str) -> tupl
 
 
 def domain_of(plan: Plan, judge: Judge, device: str) -> Domain:
-    """Whether the images look like the sites', as far as sites tell."""
+    """How the judge's images relate to the sites', as far as sites tell; every process must call it."""
     if not plan.base.has_statistics:
         return Domain(None)
-    return recalibrate.compare(recalibrate.sharing(plan.base, plan.contributions, device=device), judge.pictures)
+    sites = recalibrate.sharing(plan.base, plan.contributions, device=device)
+    found = processes.together(lambda: recalibrate.compare(sites, judge.pictures))
+    # One process decides, since a number on an edge may fall to either side on another machine.
+    return Domain(processes.on_main(lambda: found.divergence))
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class _Decider:
         """How a candidate does in each of its modes."""
         try:
             found = processes.together(lambda: dict(self._matches(plan, candidate)))
+        except processes.LostError:
+            raise  # another process has ended; the candidate is not to blame
         except DatavecError as error:
             # A method that breaks the network is a finding; the others may be fine.
             return [Trial(candidate, mode, agreement.BROKEN, error.problem) for mode in candidate.modes]

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from hf_datavec import distillation, models, processes
-from hf_datavec.errors import RunError
+from hf_datavec.errors import InputError, RunError, listed
 from hf_datavec.pipeline import judging
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.judging import Judge
@@ -22,6 +22,9 @@ def refuse(plan: Plan, judge: Judge | None) -> None:
     if judge is None:
         problem = "there is no ensemble to learn from: no site's network gives finite answers on the public images"
         raise RunError(problem, hint="look at the vectors with `hf-datavec inspect`, or leave `loss: ensemble` out")
+    if negative := [one.name for one in plan.contributions if one.weight < 0]:
+        problem = f"the weight of {listed(negative)} is below zero, and every site's network teaches"
+        raise InputError(problem, hint="leave `loss: ensemble` out, or use weights of at least 0")
     distillation.refuse_few(judge.pictures.count)
 
 

@@ -77,7 +77,7 @@ def resolved(output: Path, prepared: Prepared) -> Prepared:
         found = recipes.load(place)
     except InputError:
         return prepared
-    merge = {name: getattr(found.merge, name) for name in ("method", "scale", "options")}
+    merge = {name: getattr(found.merge, name) for name in ("method", "scale", "options", "overrides")}
     plan = variants.with_merge(prepared.plan, prepared.plan.recipe.merge.model_copy(update=merge))
     names = [entry.name for entry in found.entries]
     if found.recalibrate is not None:

@@ -31,12 +31,12 @@ def beside(prepared: Prepared) -> Path:
     return prepared.folder / f"{prepared.path.stem.removesuffix('.lock')}.lock.yaml"
 
 
-def write(prepared: Prepared, test: ImageSet | None = None) -> Path:
-    """Write the lock beside the recipe and return its path; `test` are its test images if they are open already."""
+def write(prepared: Prepared, test: ImageSet | None = None, *, public: ImageSet | None = None) -> Path:
+    """Write the lock beside the recipe and return its path; `test` and `public` are its images if they are open."""
     test = test or evaluation_images(prepared)
     target = beside(prepared)
     partial = target.with_name(f".{target.name}.partial")
-    public = judging_images(prepared) or learning_images(prepared)
+    public = public or judging_images(prepared) or learning_images(prepared)
     pinned_text = text(prepared, public, test, search_images(prepared), folder=target.parent)
     partial.write_text(pinned_text, "utf-8")
     partial.replace(target)
