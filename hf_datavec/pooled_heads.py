@@ -44,11 +44,11 @@ def pooled(plan: Plan) -> PooledHead | None:
 
     Images count alike, whatever the sites' weights. Raises: InputError for sums that are not finite.
     """
-    import torch
-
     steps = [step for step in plan.steps if is_pooled(step)]
     if not steps:
         return None
+    import torch  # a merge without such a head may need none
+
     first = steps[0]
     sharpness = first.method.chosen(first.options)["sharpness"]
     head = pooled_head([sums.aligned(plan.labels) for sums in _sums(plan)], sharpness=sharpness)
