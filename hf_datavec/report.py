@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ class Bar:
     color: str = BLUE
 
 
+# Letters in a line of a bar's name.
+LABEL = 42
+
+
 def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, axis: str) -> None:
     """A horizontal bar chart with 95 % intervals, best read from top to bottom."""
     figure, axes = _figure(7.0, 0.9 + 0.42 * len(bars))
@@ -43,7 +48,8 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, axis: str) -> None
     for place, bar, value in zip(places, bars, values, strict=True):
         end = value if math.isnan(bar.estimate.high) else min(100.0, 100 * bar.estimate.high)
         axes.text(end + 1.5, place, f"{value:.1f}", va="center", fontsize=9)
-    axes.set_yticks(places, [bar.text for bar in bars])
+    # A long name in one line would leave no room for its bar.
+    axes.set_yticks(places, [textwrap.fill(bar.text, LABEL, max_lines=2) for bar in bars], fontsize=9)
     axes.set_xlim(0, 112)
     axes.set_ylim(-0.8, len(bars) - 0.2)
     axes.set_xlabel(axis)
