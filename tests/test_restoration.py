@@ -403,6 +403,23 @@ def test_a_site_whose_statistics_no_images_explain_is_named(what, value, clinic,
         assert ("The statistics that '1-v' shares are so far from the other sites'" in outcome.err) == warned
 
 
+def test_a_card_with_aliases_names_no_site_in_its_cautions(clinic, run):
+    tensors = load_file(clinic / "tuned-1/model.safetensors")
+    tensors[next(name for name in sorted(tensors) if name.endswith("running_var"))][0] = 1e30
+    bad = save_with(clinic / "base", clinic / "bad", tensors)
+    make_vector(clinic / "base", bad, clinic / "hospital", with_statistics=True)
+    recipe = write_recipe(
+        clinic / "r.yaml", base="./base", output="./fused", aliases=True, recalibrate={"mode": "moments"},
+        vectors=["./with-1", "./hospital", "./with-2"],
+    )  # fmt: skip
+    outcome = run("merge", recipe)
+    assert outcome.code == 0, outcome.err
+    assert "The statistics that 'hospital' shares" in outcome.err  # the coordinator is told
+    texts = [path.read_text() for path in (clinic / "fused").iterdir() if path.suffix in (".md", ".json", ".yaml")]
+    assert any("The statistics that 'site-" in text for text in texts)
+    assert not any("hospital" in text for text in texts)
+
+
 def test_sites_that_share_stand_for_those_that_do_not(clinic, run):
     recipe = write_recipe(
         clinic / "r.yaml", base="./base", output="./fused", vectors=["./with-1", "./without-2"],

@@ -33,3 +33,11 @@ def aliases(prepared: Prepared, names: Sequence[str]) -> tuple[str, ...]:
     pairs = zip(prepared.plan.contributions, aliased(prepared).plan.contributions, strict=True)
     told = {ours.name: theirs.name for ours, theirs in pairs}
     return tuple(told[name] for name in names)
+
+
+def told(prepared: Prepared, text: str) -> str:
+    """A text about the merge as the fused model's folder tells it; messages quote the names of sites."""
+    ours = tuple(one.name for one in prepared.plan.contributions)
+    for name, alias in zip(ours, aliases(prepared, ours), strict=True):
+        text = text.replace(f"'{name}'", f"'{alias}'")
+    return text

@@ -25,7 +25,7 @@ from hf_datavec.pipeline import choosing, confidence, deciding, distilling, fini
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
 from hf_datavec.pipeline.adapting import Adaptation, adapt
-from hf_datavec.pipeline.aliases import aliased, aliases
+from hf_datavec.pipeline.aliases import aliased, aliases, told
 from hf_datavec.pipeline.choosing import Choice, Chooser
 from hf_datavec.pipeline.confidence import Scaled
 from hf_datavec.pipeline.judging import Judge
@@ -108,8 +108,8 @@ def _merged(
         log.info("%s", why)
     if pushing:
         before = finished.resolved(output, prepared) if by_agreement else prepared
-        told = processes.on_main(lambda: finished.temperature_of(output, before))
-        before = replace(before, plan=variants.tempered(before.plan, told))
+        scaled = processes.on_main(lambda: finished.temperature_of(output, before))
+        before = replace(before, plan=variants.tempered(before.plan, scaled))
         geometry = processes.on_main(lambda: finished.geometry_of(output, before, images.judged, images.test, place))
         if geometry is not None:
             vectors.wait()
@@ -251,6 +251,8 @@ def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
     prepared, public, search = done.prepared, images.judged, done.choice.search
     calibration = public.fetched if public else None
     shown = aliased(prepared)
+    if prepared.recipe.aliases:
+        done = replace(done, restoration=told(prepared, done.restoration))
     rounds = _rounds(prepared, done.restoration)
     lineage.write(folder, rounds)
     fusion = Fusion(output.name, shown.plan, done.geometry, done.restoration, done.measured, shown.text, calibration)
