@@ -10,17 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_datavec import temperature
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
-# A network is calibrated after a merge, so its confidence does not count: logits are divided by the temperature in this
-# range that suits them best. Outside it, a network is broken rather than over- or underconfident.
-COLDEST, HOTTEST = 0.1, 10.0
-# Halvings of that range on a logarithmic scale, until temperatures agree to 13 digits.
-HALVINGS = 45
 # The ensemble may support the fused network's answers this much less than those of the best site, or of the plain mean,
 # before a user is warned (docs/choosing.md has the false alarms and misses).
 SLACK = 0.02
@@ -291,17 +288,11 @@ def agreement(teacher: Floats, student: Floats) -> float:
 def divergence(teacher: Floats, student: Floats) -> float:
     """The mean of KL(teacher || softmax(student / T)) over images, at the temperature T that makes it least.
 
-    It is convex in 1/T, so that halving the range by the sign of its slope finds the least.
+    A network is calibrated after a merge, so its confidence does not count, within the range of temperatures.
     """
     import numpy as np
 
-    shares = np.exp(teacher)
+    shares, logits = np.exp(teacher), log_softmax(student)
     entropy = -(shares * np.where(shares > 0, teacher, 0.0)).sum(axis=1)
-    wanted = (shares * student).sum(axis=1)
-    low, high = 1 / HOTTEST, 1 / COLDEST
-    for _ in range(HALVINGS):
-        middle = math.sqrt(low * high)
-        slope = float(((np.exp(log_softmax(middle * student)) * student).sum(axis=1) - wanted).mean())
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    crossed = (shares * log_softmax(math.sqrt(low * high) * student)).sum(axis=1)
-    return max(0.0, float((-crossed - entropy).mean()))
+    suited = log_softmax(logits / temperature.fit_ensemble(logits, shares))
+    return max(0.0, float((-(shares * suited).sum(axis=1) - entropy).mean()))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_datavec import models, probe, writing
-from hf_datavec.checkpoint import Checkpoint, Role, open_checkpoint
+from hf_datavec import writing
+from hf_datavec.checkpoint import Role, open_checkpoint
 from hf_datavec.errors import InputError
 from hf_datavec.tensors import open_folder
 
@@ -34,19 +34,6 @@ def scale_folder(folder: Path, temperature: float) -> str:
             raise InputError(problem, hint="use a temperature nearer to 1")
     writing.overwrite(checkpoint.records, found)
     return open_folder(folder).digest
-
-
-def scale_network(network: models.Network, base: Checkpoint, temperature: float) -> None:
-    """Divide the head of a network in memory by a temperature; `base` tells which tensors are its head.
-
-    Raises: InputError for a head that is no single linear layer.
-    """
-    import torch
-
-    head = probe.linear_head(network, base)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(divided(parameter, temperature))
 
 
 def divided(tensor: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -47,15 +47,6 @@ def fit_ensemble(log_probabilities: Floats, teacher: Floats) -> float:
     return _of_least_cross_entropy(logits, (teacher * logits).sum(1))
 
 
-def fit_confidence(log_probabilities: Floats, target: float) -> float:
-    """The temperature at which the mean of the images' largest probabilities is `target`. The range is that of labels.
-
-    A target that no temperature reaches gives the nearest end of the range.
-    """
-    logits = _logits(log_probabilities)
-    return _root(lambda inverse: float(_softmax(inverse * logits).max(1).mean()) - target)
-
-
 def weighted_mean(temperatures: Sequence[float], weights: Sequence[float]) -> float:
     """The weighted geometric mean of temperatures: they are factors, so their logarithms are averaged."""
     pairs = zip(temperatures, weights, strict=True)

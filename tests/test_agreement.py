@@ -22,6 +22,7 @@ from hf_datavec.hub import parse
 from hf_datavec.pipeline import judging
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.recalibrate import Pictures
+from hf_datavec.temperature import LEAST, MOST
 
 
 def random_logits(seed: int, count: int = 40, labels: int = 4) -> np.ndarray:
@@ -43,8 +44,8 @@ def test_the_divergence_is_the_least_of_many_temperatures(seed):
     teacher, student = agreement.log_softmax(random_logits(seed)), random_logits(seed + 1)
     found = agreement.divergence(teacher, student)
     tried = []
-    for temperature in np.geomspace(0.1, 10, 400):
-        scaled = student / temperature
+    for one in np.geomspace(LEAST, MOST, 800):
+        scaled = student / one
         log_shares = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
         tried.append((np.exp(teacher) * (teacher - log_shares)).sum(1).mean())
     assert found <= min(tried) + 1e-12

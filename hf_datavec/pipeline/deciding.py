@@ -85,9 +85,9 @@ def domain_of(plan: Plan, judge: Judge, device: str) -> Domain:
     if not plan.base.has_statistics:
         return Domain(None)
     sites = recalibrate.sharing(plan.base, plan.contributions, device=device)
-    found = processes.together(lambda: recalibrate.compare(sites, judge.pictures))
+    seen = [judge.seen[one.name] for one in sites.members]
     # One process decides, since a number on an edge may fall to either side on another machine.
-    return Domain(processes.on_main(lambda: found.divergence))
+    return Domain(processes.on_main(lambda: recalibrate.compare_seen(sites, seen).divergence))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hf_datavec.models import statistic_layers as layers_of
 from hf_datavec.recalibrate.change import median_change
-from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare
+from hf_datavec.recalibrate.domain import FOREIGN, Domain, compare, compare_seen
 from hf_datavec.recalibrate.judgement import automatic, cautions, kind
 from hf_datavec.recalibrate.lockstep import Pictures, assign, fewer, looked_at, observe, statistics
 from hf_datavec.recalibrate.modes import Found, measured, of_seen
@@ -37,6 +37,7 @@ __all__ = [
     "carried_over",
     "cautions",
     "compare",
+    "compare_seen",
     "fewer",
     "goals",
     "kind",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_datavec.models import Network
@@ -38,12 +39,19 @@ def compare(sites: Sites, pictures: Pictures) -> Domain:
     if not sites.shared:
         return Domain(None)
     some = fewer(pictures, LOOKED_AT)
-    found = [_first(network, some) for network, _ in sites.networks()]
-    name = next(iter(found[0]), None)
+    return compare_seen(sites, [_first(network, some) for network, _ in sites.networks()])
+
+
+def compare_seen(sites: Sites, seen: Sequence[Mapping[str, Measured]]) -> Domain:
+    """The same from what the sites' layers have seen of the pictures already, the first layer first.
+
+    What the first layer sees depends on no statistics.
+    """
+    name = next(iter(seen[0]), None) if sites.shared else None
     if name is None:
         return Domain(None)
-    seen = combined(found, sites.weights)[name]
-    return Domain(divergence(seen, sites.home()[name]))
+    found = combined([{name: one[name]} for one in seen], sites.weights)[name]
+    return Domain(divergence(found, sites.home()[name]))
 
 
 def _first(network: Network, pictures: Pictures) -> dict[str, Measured]:

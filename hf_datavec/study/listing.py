@@ -128,9 +128,11 @@ def _learned(measuring: Measuring) -> Iterator[Wanted]:
     for on in ("", *(one.name for one in study.more_public)):
         more = ", ".join((*_told(measuring.chosen(merge, mode, on)), *_images(measuring, on), str(study.distil)))
         row = Row(f"{merge.name}, {LEARNED}", "fused", mode, on, matters=not on)
-        yield Wanted(row, partial(measuring.taught, merge, mode, on), more, merge, "learned")
-        row = replace(row, name=f"{row.name}, calibrated")
-        yield Wanted(row, partial(measuring.calibrated, merge, mode, on), more, merge, "calibrated")
+        key = f"temperature, {row.text}, {more}"
+        taught = Wanted(row, partial(measuring.taught, merge, mode, on, key), more, merge, "learned")
+        yield taught
+        compute = partial(measuring.calibrated, taught, merge, on, key)
+        yield Wanted(replace(row, name=f"{row.name}, calibrated"), compute, more, merge, "calibrated")
 
 
 def _told(chosen: Chosen | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,9 +199,30 @@ class Measuring:
         weights = {one.name: one.weight for one in found.plan.contributions} if found.alone else {}
         return Chosen(chosen.method, chosen.factor, found.mode, chosen.options, weights, chosen.overrides)
 
-    def taught(self, merge: Combining, mode: str, on: str = "") -> Floats:
-        """The probabilities of `learned`."""
-        return self.predicted(self.learned(merge, mode, on))
+    def taught(self, merge: Combining, mode: str, on: str, key: str) -> Floats:
+        """The probabilities of `learned`; what calibrates them is kept under a key before they are."""
+        network = self.learned(merge, mode, on)
+        self.kept.numbers(key, partial(self._suited, network, merge, on))
+        return self.predicted(network)
+
+    def calibrated(self, taught: Wanted, merge: Combining, on: str, key: str) -> Floats:
+        """The probabilities of a taught row at the temperature that suits the ensemble's on the public images."""
+        import numpy as np
+
+        probabilities = self.get(taught)
+
+        def suited() -> float:
+            return self._suited(self.learned(merge, taught.row.mode, on), merge, on)
+
+        logits = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny)) / self.kept.numbers(key, suited)
+        result: Floats = np.exp(agreement.log_softmax(logits))
+        return result
+
+    def _suited(self, network: models.Network, merge: Combining, on: str) -> float:
+        """The temperature of a network for the ensemble's answers to the public images, with the digits of a merge."""
+        judge = self.judge(self.seed.plan(self.vectors(), merge), on)
+        public = agreement.log_softmax(recalibrate.outputs(network, judge.pictures))
+        return float(f"{temperature.fit_ensemble(public, judge.ensemble.probabilities):.4g}")
 
     def learned(self, merge: Combining, mode: str, on: str = "") -> models.Network:
         """The shared network, merged, restored, and taught by the sites' networks as the study's `distil:` says."""
@@ -216,17 +237,6 @@ class Measuring:
             )
             log.info("seed %d: %s", self.seed.number, found.text)
         return network
-
-    def calibrated(self, merge: Combining, mode: str, on: str = "") -> Floats:
-        """The probabilities of `learned` at the temperature that suits the ensemble's on the public images."""
-        import numpy as np
-
-        network, judge = self.learned(merge, mode, on), self.judge(self.seed.plan(self.vectors(), merge), on)
-        public = agreement.log_softmax(recalibrate.outputs(network, judge.pictures))
-        found = temperature.fit_ensemble(public, judge.ensemble.probabilities)
-        logits = np.log(np.maximum(self.predicted(network), np.finfo(np.float64).tiny)) / float(f"{found:.4g}")
-        result: Floats = np.exp(agreement.log_softmax(logits))
-        return result
 
     def alone(self, vector: Path, mode: str, base: Path | None = None) -> Floats:
         """One trained network, with its own statistics or restored; it started as all do, or from a base of its own."""
