@@ -59,19 +59,13 @@ class Restorer:
     def _domain(self) -> Domain:
         return recalibrate.compare(self.sites, self._pictures)
 
-    @cached_property
-    def automatic(self) -> str:
-        """The mode that `auto` stands for."""
-        return recalibrate.automatic(self.sites.shared, everyone=True, domain=self._domain, images=True)
-
     @property
     def _before_tuning(self) -> str:
         """Tuning starts from statistics that fit, as in a merge."""
         return "relative" if self._domain.foreign and self.sites.shared else "statistics"
 
-    def apply(self, network: models.Network, wanted: str) -> None:
-        """Restore a network in place, by a mode of the recipe."""
-        mode = self.automatic if wanted == "auto" else wanted
+    def apply(self, network: models.Network, mode: str) -> None:
+        """Restore a network in place, by a mode of the recipe other than `auto`."""
         if mode == "none" or not models.normalization_layers(network.module):
             return
         recalibrate.assign(network, self._statistics(network, self._before_tuning if mode == "tune" else mode))

@@ -46,6 +46,18 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
 
     Raises: InputError for a study, images or a base that are wrong, and for a folder that holds another study.
     """
+    seeds = opened(path, output=output, device=device)
+    place = seeds[0].place
+    results = measure(seeds)
+    results.write(place.results)
+    document.write(results, place.results)
+    page.write(seeds, results, place.results)
+    log.info("results: %s", place.results)
+    return Outcome(place.results, results)
+
+
+def opened(path: Path, *, output: Path | None = None, device: devices.Device = "auto") -> list[Seed]:
+    """The seeds of a study file, their images divided and their base at hand; nothing is trained. Raises as `run`."""
     study, here = load(path), path.absolute().parent
     folder = _output(study, path, output)
     table = open_table(study.data, here)
@@ -60,12 +72,7 @@ def run(path: Path, *, output: Path | None = None, device: devices.Device = "aut
     seeds = [Seed(place, number, division) for number, division in divisions.items()]
     for seed in seeds:
         _record(seed)
-    results = measure(seeds)
-    results.write(place.results)
-    document.write(results, place.results)
-    page.write(seeds, results, place.results)
-    log.info("results: %s", place.results)
-    return Outcome(place.results, results)
+    return seeds
 
 
 def open_elsewhere(study: Study, here: Path) -> ImageSet | None:
