@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from hf_datavec import lineage
 from hf_datavec.agreement import Agreement
-from hf_datavec.candidates import Verdict
 from hf_datavec.card import LEAK_WARNING, licence, metadata
 from hf_datavec.evaluate import Evaluation
 from hf_datavec.geometry import Geometry
@@ -16,6 +15,7 @@ from hf_datavec.lineage import Round
 from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.tables import markdown_table, metric_name, metric_rows, size
+from hf_datavec.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)

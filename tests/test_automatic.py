@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hf_datavec import agreement, automatic, candidates, models, offloading
 from hf_datavec.agreement import BROKEN, Match
-from hf_datavec.candidates import Candidate, Trial, Verdict
+from hf_datavec.candidates import Candidate
 from hf_datavec.geometry import Geometry
 from hf_datavec.hub import parse as parse_reference
 from hf_datavec.images import open_images
@@ -29,6 +29,7 @@ from hf_datavec.pipeline.observing import Observed
 from hf_datavec.pipeline.prepare import prepare
 from hf_datavec.recipe import check
 from hf_datavec.temperature import fit_ensemble
+from hf_datavec.verdict import Trial, Verdict
 
 
 def geometry_of(vectors: np.ndarray) -> Geometry:

@@ -14,13 +14,13 @@ from hf_datavec.second_moments import REVEALED
 from hf_datavec.tables import metric_name, metric_rows, size, table
 
 if TYPE_CHECKING:
-    from hf_datavec.candidates import Verdict
     from hf_datavec.evaluate import Evaluation
     from hf_datavec.manifest import Manifest
     from hf_datavec.pipeline.discovery import Found
     from hf_datavec.pipeline.measure import Inspection
     from hf_datavec.plan import Plan
     from hf_datavec.search import Search
+    from hf_datavec.verdict import Verdict
 
 # Bytes a second from a solid-state disk or a warm page cache, at the slow end; for the plan's estimate.
 READ_RATE = 1e9

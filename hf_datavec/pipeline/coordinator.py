@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_datavec import automatic, candidates, heatmap, hub, lineage, models, processes, study_base, tensors, variants
+from hf_datavec import automatic, candidates, hub, models, processes, study_base, tensors, variants
 from hf_datavec import evaluate as evaluation
 from hf_datavec.agreement import Agreement
-from hf_datavec.candidates import Verdict
 from hf_datavec.errors import InputError
 from hf_datavec.evaluate import Evaluation
-from hf_datavec.fused_card import Fusion, fused_card
 from hf_datavec.geometry import Geometry, Gram
 from hf_datavec.images import ImageSet
-from hf_datavec.lineage import Round
-from hf_datavec.pipeline import choosing, confidence, deciding, distilling, finished, judging, ledger, lock, weights
+from hf_datavec.pipeline import confidence, deciding, describing, distilling, finished, judging, ledger, weights
 from hf_datavec.pipeline import device as devices
 from hf_datavec.pipeline import restore as restoring
-from hf_datavec.pipeline.adapting import Adaptation, adapt
-from hf_datavec.pipeline.aliases import aliased, aliases, told
+from hf_datavec.pipeline.adapting import adapt
+from hf_datavec.pipeline.aliases import aliases
 from hf_datavec.pipeline.choosing import Choice, Chooser
 from hf_datavec.pipeline.confidence import Scaled
 from hf_datavec.pipeline.judging import Judge
@@ -36,14 +32,12 @@ from hf_datavec.plan import Plan
 from hf_datavec.search import Search
 from hf_datavec.staging import partial_path, refuse_existing, staged
 from hf_datavec.threads import import_ahead
+from hf_datavec.verdict import Verdict
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-# What plots and cards need in the end, imported while tensors are combined.
-DESCRIBING = ("PIL.ImageDraw", "PIL.ImageFont", "huggingface_hub.repocard_data")
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ def _staged(output: Path) -> Iterator[Path]:
 def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str], vectors: Verification) -> MergeResult:
     """Fuse, restore, measure and describe into an output on a device; it appears whole or not at all."""
     output, place = where
-    describing = partial(import_ahead, *DESCRIBING)
+    meanwhile = partial(import_ahead, *describing.LIBRARIES)
     gram, recipe = Gram(), prepared.recipe
     # Before anything is written, unless the mode is what has to be found.
     chosen = None if candidates.wanted(prepared.plan) else _decide(prepared.plan, images, place)
@@ -164,7 +158,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
 
         def make(plan: Plan, writing: Plan, seen: Gram) -> tuple[str, str]:
             trusted = vectors if resume else None
-            digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again, meanwhile=describing)
+            digest = weights.write(writing, folder, place, seen, resume=trusted, read_again=again, meanwhile=meanwhile)
             return restoring.restore(plan, folder, public, chosen, digest)
 
         def restored(plan: Plan, network: models.Network) -> Mapping[str, torch.Tensor]:
@@ -193,8 +187,8 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         agreed = judging.held_against(judge, folder, place, mean=mean, foreign=foreign)
         measured = _measure(choice.plan, folder, images.test, place)
         vectors.wait()
-        done = Done(prepared, choice, adapted, gram.geometry(), restoration, measured, agreed, verdict)
-        processes.on_main(lambda: _finish(done, images, folder, output))
+        done = describing.Done(prepared, choice, adapted, gram.geometry(), restoration, measured, agreed, verdict)
+        processes.on_main(lambda: describing.write(done, images, folder, output))
     result = MergeResult(
         output, choice.plan, scaled.digest, gram.geometry(), restoration, measured, None, choice.search
     )
@@ -231,53 +225,6 @@ def _decide(plan: Plan, images: Images, place: str) -> restoring.Restoration:
     return processes.together(lambda: restoring.decide(plan, images.public(plan), place))
 
 
-@dataclass(frozen=True)
-class Done:
-    """What has been computed and is still to be told."""
-
-    prepared: Prepared
-    choice: Choice
-    adapted: Adaptation | None
-    geometry: Geometry
-    restoration: str
-    measured: Evaluation | None
-    agreed: Agreement | None
-    verdict: Verdict | None
-
-
-def _finish(done: Done, images: Images, folder: Path, output: Path) -> None:
-    """Write everything that will stand beside the weights in `output`, the lock included."""
-    choosing.clear(folder)
-    prepared, public, search = done.prepared, images.judged, done.choice.search
-    calibration = public.fetched if public else None
-    shown = aliased(prepared)
-    if prepared.recipe.aliases:
-        done = replace(done, restoration=told(prepared, done.restoration))
-    rounds = _rounds(prepared, done.restoration)
-    lineage.write(folder, rounds)
-    fusion = Fusion(output.name, shown.plan, done.geometry, done.restoration, done.measured, shown.text, calibration)
-    fusion = replace(fusion, rounds=rounds)
-    sites = tuple(one.name for one in shown.plan.contributions)
-    fusion = replace(fusion, search=replace(search, sites=sites) if search else None)
-    if agreed := done.agreed:
-        fusion = replace(fusion, agreement=replace(agreed, names=aliases(prepared, agreed.names)))
-    if verdict := done.verdict:
-        fusion = replace(fusion, verdict=replace(verdict, names=aliases(prepared, verdict.names)))
-    if done.adapted is not None:
-        replace(done.adapted, sites=sites).write(folder)
-    _describe(fusion, folder)
-    if fusion.locked:
-        locked = lock.text(prepared, public or images.learning, images.test, images.labelled, folder=output)
-        (folder / lock.LOCK_FILE).write_text(locked, "utf-8")
-    elif not prepared.recipe.lock:
-        log.info("the lock, which names the sites, is beside the recipe: %s", _lock_beside(prepared, images))
-
-
-def _lock_beside(prepared: Prepared, images: Images) -> Path:
-    """The lock beside the recipe, which pins the images that were looked at, whatever the choice leaves of them."""
-    return lock.write(prepared, images.test, public=images.judged or images.learning)
-
-
 def _handed_over(prepared: Prepared, output: Path, geometry: Geometry) -> MergeResult:
     """Push what an earlier run left complete, and tell of it what that run would have told."""
     log.info("'%s' already holds this merge; only the push is missing", output)
@@ -297,23 +244,6 @@ def _output(prepared: Prepared, output: Path | None) -> Path:
     return prepared.output
 
 
-def _rounds(prepared: Prepared, restoration: str) -> tuple[Round, ...]:
-    """The merges behind the fused model: those behind its base, and this one."""
-    plan = prepared.plan
-    merge, base = plan.recipe.merge, plan.base_fetched.reference.identity
-    return (
-        *lineage.read(plan.base.folder),
-        Round(
-            base=base,
-            digest=plan.base.tensors.digest,
-            sites=len(plan.contributions),
-            method=merge.method,
-            scale=merge.factor,
-            restoration=restoration,
-        ),
-    )
-
-
 def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: str) -> Evaluation | None:
     """The metrics of the written model, loaded as its users will load it; without images it is only held to the plan.
 
@@ -326,31 +256,6 @@ def _measure(plan: Plan, folder: Path, images: ImageSet | None, device: str) -> 
         return None
     network = processes.together(lambda: models.load(folder, device=device))
     return evaluation.evaluate_network(network, images, batch_size=plan.recipe.evaluate.batch_size)
-
-
-def _describe(fusion: Fusion, folder: Path) -> None:
-    """Write recipe, plot, results and card beside the weights."""
-    (folder / lock.RECIPE_FILE).write_text(fusion.recipe, "utf-8")
-    if len(fusion.geometry.norms) > 1:
-        names = [one.name for one in fusion.plan.contributions]
-        heatmap.plot_cosines(names, fusion.geometry, folder / "cosines.png")
-        fusion = replace(fusion, plots=(("cosines.png", "Cosines between the sites' vectors"),))
-    if found := _searched(fusion):
-        text = json.dumps(found, indent=2)
-        (folder / "search.json").write_text(text + "\n", "utf-8")
-    if fusion.agreement:
-        text = json.dumps(fusion.agreement.as_dict(), indent=2)
-        (folder / judging.AGREEMENT_FILE).write_text(text + "\n", "utf-8")
-    if fusion.evaluation:
-        text = json.dumps(fusion.evaluation.as_dict(), indent=2)
-        (folder / finished.EVALUATION_FILE).write_text(text + "\n", "utf-8")
-    (folder / "README.md").write_text(fused_card(fusion), "utf-8")
-
-
-def _searched(fusion: Fusion) -> dict[str, Any]:
-    """Everything that was tried, on labelled images and by agreement."""
-    search = fusion.search.as_dict() if fusion.search else {}
-    return {**search, "choice": fusion.verdict.as_dict()} if fusion.verdict else search
 
 
 def _pushed(prepared: Prepared, output: Path) -> str:

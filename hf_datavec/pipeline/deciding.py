@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_datavec import agreement, candidates, processes, recalibrate
 from hf_datavec.agreement import Match
-from hf_datavec.candidates import Candidate, Trial, Verdict
+from hf_datavec.candidates import Candidate
 from hf_datavec.errors import DatavecError, RunError
 from hf_datavec.geometry import Gram
 from hf_datavec.models import Network
@@ -21,6 +21,7 @@ from hf_datavec.pipeline.trying import Tried
 from hf_datavec.plan import Plan
 from hf_datavec.progress import progress
 from hf_datavec.recalibrate import Domain, Sites
+from hf_datavec.verdict import Trial, Verdict
 
 log = logging.getLogger(__name__)
 
