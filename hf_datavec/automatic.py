@@ -20,7 +20,7 @@ from hf_datavec.survey import clip_factors
 # A sum of n vectors is sqrt(n (1 + (n - 1) c)) times as long as one of them (c: their mean cosine). Scaled to a site's
 # own length times this factor it did best on PAD-UFES-20 and second best, within 1 point, on the digits.
 LENGTH = 1.2
-# Of 13 merges with the sites' own statistics alone it did best in the mean of eight cases, and never worst.
+# With the sites' own statistics alone it did best in the mean of eight cases (docs/choosing.md).
 METHOD = "tsv"
 # A site with more than this share of all images is weighed by it: with 0.85 of the digits, every method that counts
 # sites alike lost to that site alone.
