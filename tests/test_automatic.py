@@ -473,14 +473,19 @@ def test_auto_may_take_the_base_with_the_head_of_the_sums_and_its_lock_repeats_i
     assert same[0] == same[1]
 
 
-def test_a_merge_with_a_pooled_head_is_only_pushed_when_it_is_complete(sharing, run):
+@pytest.mark.parametrize("aliases", [False, True])
+def test_a_merge_with_a_pooled_head_is_only_pushed_when_it_is_complete(aliases, sharing, run, monkeypatch):
+    # On images of another kind nothing but the pooled head is tried.
+    monkeypatch.setattr("hf_datavec.recalibrate.domain.FOREIGN", 1e-9)
     sections = {"merge": {"method": "auto"}, "recalibrate": {"mode": "auto"}, "push": {"repo": "./pushed"}}
-    recipe = by_agreement(sharing, vectors=["./site-a", "./site-b"], output="./fused", **sections)
+    recipe = by_agreement(sharing, vectors=["./site-a", "./site-b"], output="./fused", aliases=aliases, **sections)
     assert run("merge", recipe, "--no-push").code == 0
+    choice = json.loads((sharing / "fused" / "search.json").read_text())["choice"]
+    assert choice["found"]["head"] == "pooled"
     outcome = run("merge", recipe)
-    if json.loads((sharing / "fused" / "search.json").read_text())["choice"]["found"].get("head"):
-        assert "only the push is missing" in outcome.err
     assert outcome.code == 0, outcome.err
+    assert "only the push is missing" in outcome.err
+    assert (sharing / "pushed" / "model.safetensors").exists()
 
 
 def test_a_head_that_the_recipe_gives_is_kept(sharing, run):
