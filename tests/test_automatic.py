@@ -398,15 +398,18 @@ def test_on_images_of_another_kind_the_sites_networks_do_not_judge(agreeing, run
     assert same[0] == same[1]
 
 
-def test_nothing_is_learned_on_images_of_another_kind(agreeing, run, monkeypatch):
+def test_nothing_is_learned_or_calibrated_on_images_of_another_kind(agreeing, run, monkeypatch):
     monkeypatch.setattr("hf_datavec.recalibrate.domain.FOREIGN", 1e-9)
     plain = by_agreement(agreeing, "plain", recalibrate={"mode": "auto"})
-    taught = by_agreement(agreeing, "taught", recalibrate={"mode": "auto", "tune": {"loss": "ensemble", "epochs": 1}})
+    learning = {"tune": {"loss": "ensemble", "epochs": 1}, "temperature": "ensemble"}
+    taught = by_agreement(agreeing, "taught", recalibrate={"mode": "auto", **learning})
     for recipe, place in ((plain, "plain"), (taught, "taught")):
         outcome = run("merge", recipe, "-o", place)
         assert outcome.code == 0, outcome.err
     assert "warning: Nothing was learned from the ensemble" in outcome.err
-    assert "Nothing was learned from the ensemble" in (agreeing / "taught" / "README.md").read_text()
+    card = (agreeing / "taught" / "README.md").read_text()
+    assert "Nothing was learned from the ensemble" in card
+    assert "Confidence was not scaled, since the public images are of another kind than the sites'." in card
     again = run("merge", "taught/recipe.lock.yaml", "-o", "again")
     assert again.code == 0, again.err
     # Nor in a mode that does not look at the images.

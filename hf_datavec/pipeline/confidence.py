@@ -49,13 +49,20 @@ def given(plan: Plan) -> float | None:
 
 
 def scale(
-    plan: Plan, folder: Path, images: ImageSet | None, ensemble: Ensemble | None, where: tuple[str, str]
+    plan: Plan,
+    folder: Path,
+    images: ImageSet | None,
+    ensemble: Ensemble | None,
+    where: tuple[str, str],
+    *,
+    foreign: bool = False,
 ) -> Scaled:
     """Find the temperature that the recipe asks for and divide the head of the written model by it.
 
     `images` are the calibration images, which the `ensemble` has looked at, None where nothing is fitted on them;
-    `where` are the device and the content digest so far. Raises: InputError for labels that are missing, RunError for a
-    network that gives NaN.
+    `where` are the device and the content digest so far. On `foreign` images the ensemble is no teacher.
+
+    Raises: InputError for labels that are missing, RunError for a network that gives NaN.
     """
     device, digest = where
     wanted = plan.recipe.recalibrate
@@ -66,6 +73,8 @@ def scale(
     kind = _kind(plan, images)
     if kind is None:
         return _skipped(plan, "there are no calibration images, and not every site declares a temperature", digest)
+    if kind == "ensemble" and foreign:
+        return _skipped(plan, "the public images are of another kind than the sites'", digest)
     if isinstance(kind, str):
         found, how = _declared(plan) if kind == "sites" else _fitted(plan, folder, images, ensemble, device)
         found = float(f"{found:.4g}")  # more digits would be noise; the lock has these

@@ -179,7 +179,7 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
         restoration, digest = make(choice.plan, choice.writing, gram if choice.writing is choice.plan else Gram())
         foreign = _is_foreign(choice.plan, judge, chosen, place)
         learned, digest = distilling.learn(choice.plan, folder, judge, (place, digest), foreign=foreign)
-        scaled = _scaled(choice.plan, folder, images, judge, (place, digest))
+        scaled = _scaled(choice.plan, folder, (images.judged, judge), (place, digest), foreign=foreign)
         choice, prepared = replace(choice, plan=scaled.plan), replace(prepared, plan=scaled.plan)
         texts = (why, adapted.text if adapted else "", restoration, learned, scaled.text)
         restoration = " ".join(filter(None, texts))
@@ -195,14 +195,23 @@ def _made(prepared: Prepared, why: str, images: Images, where: tuple[Path, str],
     return replace(result, temperature=scaled.temperature, agreement=agreed, verdict=verdict)
 
 
-def _scaled(plan: Plan, folder: Path, images: Images, judge: Judge | None, where: tuple[str, str]) -> Scaled:
+def _scaled(
+    plan: Plan,
+    folder: Path,
+    looked_at: tuple[ImageSet | None, Judge | None],
+    where: tuple[str, str],
+    *,
+    foreign: bool,
+) -> Scaled:
     """The merge with its confidence scaled; the plan is not sent between processes, which all have it.
 
-    `where` are the device and the content digest so far.
+    `looked_at` are the public images and their judge, `where` the device and the content digest so far.
     """
+    images, judge = looked_at
 
     def found() -> tuple[float | None, str, str]:
-        scaled = confidence.scale(plan, folder, images.judged, judge.ensemble if judge else None, where)
+        ensemble = judge.ensemble if judge else None
+        scaled = confidence.scale(plan, folder, images, ensemble, where, foreign=foreign)
         return scaled.temperature, scaled.text, scaled.digest
 
     temperature, text, digest = processes.on_main(found)

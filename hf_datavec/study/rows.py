@@ -199,6 +199,10 @@ class Measuring:
         weights = {one.name: one.weight for one in found.plan.contributions} if found.alone else {}
         return Chosen(chosen.method, chosen.factor, found.mode, chosen.options, weights, chosen.overrides)
 
+    def _is_foreign(self, plan: Plan, judge: Judge) -> bool:
+        """Whether the judge's images are of another kind than the sites'."""
+        return deciding.domain_of(plan, judge, self.seed.place.device).foreign
+
     def taught(self, merge: Combining, mode: str, on: str, key: str) -> Floats:
         """The probabilities of `learned`; what calibrates them is kept under a key before they are."""
         network = self.learned(merge, mode, on)
@@ -220,7 +224,10 @@ class Measuring:
 
     def _suited(self, network: models.Network, merge: Combining, on: str) -> float:
         """The temperature of a network for the ensemble's answers to the public images, with the digits of a merge."""
-        judge = self.judge(self.seed.plan(self.vectors(), merge), on)
+        plan = self.seed.plan(self.vectors(), merge)
+        judge = self.judge(plan, on)
+        if self._is_foreign(plan, judge):
+            return 1.0  # as a merge, which then scales nothing
         public = agreement.log_softmax(recalibrate.outputs(network, judge.pictures))
         return float(f"{temperature.fit_ensemble(public, judge.ensemble.probabilities):.4g}")
 
@@ -228,8 +235,7 @@ class Measuring:
         """The shared network, merged, restored, and taught by the sites' networks as the study's `distil:` says."""
         network, plan = self.network(merge, mode, on=on), self.seed.plan(self.vectors(), merge)
         settings, judge = self.seed.place.study.distil, self.judge(plan, on)
-        foreign = deciding.domain_of(plan, judge, self.seed.place.device).foreign
-        if settings is not None and not foreign:  # as a merge does
+        if settings is not None and not self._is_foreign(plan, judge):  # as a merge does
             settings = settings.model_copy(update={"loss": "ensemble"})
             sites = judging.everyone(plan, self.seed.place.device)
             found = distillation.learn(
